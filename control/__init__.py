@@ -1,0 +1,1 @@
+"""Learned ways to steer; one method a file."""

@@ -1,0 +1,1 @@
+"""Networks, and the tools to take hold of a network."""

@@ -1,0 +1,156 @@
+"""The one attention call, and the module around it.
+
+Every attention of the project ends in `attend`, which hands [B, N, K, head size] tensors to diffusers' dispatcher; so
+`set_attention_backend` (native, flex, xformers, flash where installed) and sparse accelerators reach all of it.
+
+Paper: Scaling Rectified Flow Transformers, Esser et al. 2024, arXiv:2403.03206 (joint attention, QK-norm).
+Differs: a pre-only text stream supplies keys and values alone; its queries, which nobody reads, are not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from dit.embeddings import Rotary, rotate
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, processor: Any = None) -> Tensor:
+    """Softmax attention of q [B, N, K, head size] over k, v [B, M, K, head size] -> [B, N, K, head size].
+
+    `mask` is boolean and broadcastable to [B, K, N, M], True where a key may be heard. `processor` carries the backend that
+    `set_attention_backend` chose.
+    """
+    out: Tensor = dispatch_attention_fn(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        backend=getattr(processor, "_attention_backend", None),
+        parallel_config=getattr(processor, "_parallel_config", None),
+    )
+    return out
+
+
+class JointProcessor:
+    """Queries, keys and values of one or two streams, text first, through one `attend`."""
+
+    _attention_backend: ClassVar[Any] = None
+    _parallel_config: ClassVar[Any] = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        q, k, v = attn.project(hidden_states)
+        text = 0
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states.shape[1]
+            added_q, added_k, added_v = attn.project_added(encoder_hidden_states)
+            q = q if added_q is None else torch.cat([added_q, q], dim=1)
+            k, v = torch.cat([added_k, k], dim=1), torch.cat([added_v, v], dim=1)
+        if image_rotary_emb is not None:
+            k = rotate(k, image_rotary_emb)
+            skipped = k.shape[1] - q.shape[1]
+            q = rotate(q, (image_rotary_emb[0][skipped:], image_rotary_emb[1][skipped:]))
+        out = attend(q, k, v, attention_mask, processor=self).flatten(2).to(hidden_states.dtype)
+        if encoder_hidden_states is None:
+            return attn.project_out(out)
+        if attn.context_pre_only:
+            return attn.project_out(out), None
+        out_text, out_image = out.split_with_sizes([text, out.shape[1] - text], dim=1)
+        return attn.project_out(out_image), attn.to_add_out(out_text)
+
+
+class Attention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention of one stream, or of an image and a text stream that hear each other.
+
+    Names of weights are diffusers' (`to_q`, `add_q_proj`, `norm_q`, ...), so LoRA files and processors fit.
+    """
+
+    processor: Callable[..., Any]
+    to_qkv: Callable[[Tensor], Tensor]
+    to_added_qkv: Callable[[Tensor], Tensor]
+    to_out: nn.ModuleList
+    _default_processor_cls = JointProcessor
+    _available_processors: ClassVar[list[type]] = [JointProcessor]
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: bool = False,
+        joint: bool = False,
+        context_pre_only: bool = False,
+        pre_only: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} does not divide by {heads} heads")
+        self.heads, self.head_dim, self.inner_dim = heads, width // heads, width
+        self.joint, self.context_pre_only, self.pre_only = joint, context_pre_only, pre_only
+        self.use_bias, self.added_proj_bias = bias, bias
+        self.added_kv_proj_dim = width if joint else None
+        self.is_cross_attention = False
+
+        def norm() -> nn.Module:
+            return nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=bias) for _ in range(3))
+        self.norm_q, self.norm_k = norm(), norm()
+        if not pre_only:
+            self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Identity()])
+        if joint:
+            self.add_k_proj, self.add_v_proj = nn.Linear(width, width, bias=bias), nn.Linear(width, width, bias=bias)
+            self.norm_added_k = norm()
+            if not context_pre_only:
+                self.add_q_proj, self.to_add_out = nn.Linear(width, width, bias=bias), nn.Linear(width, width)
+                self.norm_added_q = norm()
+        self._supports_qkv_fusion = not (joint and context_pre_only)
+        AttentionModuleMixin.set_processor(self, JointProcessor())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """[B, N, D] (and text [B, L, D]) -> [B, N, D], or the pair (image, text); text is None where it is pre-only."""
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, D] -> queries, keys, values [B, N, K, head size], normalised."""
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1) if self.fused_projections else (self.to_q(x), self.to_k(x), self.to_v(x))
+        return self.norm_q(self._split(q)), self.norm_k(self._split(k)), self._split(v)
+
+    def project_added(self, text: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """[B, L, D] -> the text stream's queries (None where it is pre-only), keys and values, normalised."""
+        q: Tensor | None
+        if self.fused_projections:
+            q, k, v = self.to_added_qkv(text).chunk(3, dim=-1)
+        else:
+            q = None if self.context_pre_only else self.add_q_proj(text)
+            k, v = self.add_k_proj(text), self.add_v_proj(text)
+        queries = None if q is None else self.norm_added_q(self._split(q))
+        return queries, self.norm_added_k(self._split(k)), self._split(v)
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """The output map of the image stream; the identity in a pre-only (parallel) block."""
+        out: Tensor = x if self.pre_only else self.to_out[1](self.to_out[0](x))
+        return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))

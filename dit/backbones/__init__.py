@@ -1,0 +1,1 @@
+"""Whole graphs: one backbone a file, imported by its module."""

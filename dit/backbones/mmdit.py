@@ -1,0 +1,316 @@
+"""MMDiT: text and image as two streams with weights of their own that hear each other in joint attention.
+
+Paper: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al. 2024, arXiv:2403.03206 (dual
+stream, QK-norm, pre-only last block); FLUX.1, Black Forest Labs 2024 (single-stream blocks, rotary positions).
+Differs: takes the picture itself and cuts it into patches; positions are computed for the grid at hand; the network may
+predict the clean picture (Back to Basics, Li and He 2025, arXiv:2511.13720) and still return the velocity.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from dit.attention import Attention
+from dit.embeddings import PooledProjection, Rotary, TimeEmbedding, rotary, sincos_2d
+from dit.experts.dense import Experts
+from dit.grid import Grid
+from dit.layers import PatchEmbed, PatchOut, PlainNorm
+from dit.model import Backbone, register_specs
+from dit.modulation import Modulation, modulate
+from dit.spec import parse
+
+Streams = tuple[Tensor, Tensor]
+
+
+class DualBlock(nn.Module):
+    """Two streams, one joint attention, two perceptrons. A pre-only block passes the text stream on unchanged."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        hidden: int,
+        qk_norm: bool,
+        pre_only: bool,
+        experts: Experts,
+        modulation: Modulation,
+    ) -> None:
+        super().__init__()
+        self.pre_only = pre_only
+        self.norm1, self.norm1_context, self.norm2 = PlainNorm(width), PlainNorm(width), PlainNorm(width)
+        self.modulation = modulation.build(width, 6)
+        self.modulation_context = modulation.build(width, 2 if pre_only else 6)
+        self.attn = Attention(width, heads, qk_norm=qk_norm, joint=True, context_pre_only=pre_only)
+        self.ff = experts.build(width, hidden)
+        if not pre_only:
+            self.norm2_context = PlainNorm(width)
+            self.ff_context = experts.build(width, hidden)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        attention_mask: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Streams:
+        """Image [B, N, D], text [B, L, D], conditioning [B, D] -> (text, image), in FLUX's order."""
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(temb)
+        text_temb = temb if temb.dim() == 2 else temb.mean(dim=1)
+        text = self.modulation_context(text_temb)
+        attended, attended_text = self.attn(
+            hidden_states=modulate(self.norm1(hidden_states), shift, scale),
+            encoder_hidden_states=modulate(self.norm1_context(encoder_hidden_states), text[0], text[1]),
+            attention_mask=attention_mask,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        hidden_states = hidden_states + gate * attended
+        hidden_states = hidden_states + gate_ff * self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+        if not self.pre_only:
+            encoder_hidden_states = encoder_hidden_states + text[2] * attended_text
+            inner = modulate(self.norm2_context(encoder_hidden_states), text[3], text[4])
+            encoder_hidden_states = encoder_hidden_states + text[5] * self.ff_context(inner)
+        return encoder_hidden_states, hidden_states
+
+
+class SingleBlock(nn.Module):
+    """One stream of text and image tokens; attention and perceptron side by side on one norm, one map out (FLUX)."""
+
+    def __init__(self, width: int, heads: int, *, hidden: int, qk_norm: bool, modulation: Modulation) -> None:
+        super().__init__()
+        self.norm = PlainNorm(width)
+        self.modulation = modulation.build(width, 3)
+        self.attn = Attention(width, heads, qk_norm=qk_norm, pre_only=True)
+        self.proj_mlp = nn.Linear(width, hidden)
+        self.act_mlp = nn.GELU(approximate="tanh")
+        self.proj_out = nn.Linear(width + hidden, width)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        attention_mask: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Streams:
+        """Image [B, N, D], text [B, L, D], conditioning [B, D] or [B, N, D] -> (text, image)."""
+        text = encoder_hidden_states.shape[1]
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        if temb.dim() == 3:
+            temb = torch.cat([temb.mean(dim=1, keepdim=True).expand(-1, text, -1), temb], dim=1)
+        shift, scale, gate = self.modulation(temb)
+        inner = modulate(self.norm(joint), shift, scale)
+        attended = self.attn(
+            hidden_states=inner,
+            attention_mask=attention_mask,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        joint = joint + gate * self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(inner))], dim=-1))
+        return joint[:, :text], joint[:, text:]
+
+
+class MMDiT(Backbone):
+    """The text-to-image network. Time runs in diffusers' direction: 1000 is noise, 0 the picture; velocity = noise - picture.
+
+    Args:
+        in_channels: channels of the picture or latent; `out_channels` where the output has others.
+        patch_size: side of a patch in latent pixels.
+        sample_size: side in latent pixels that the network was made for (other sizes run too).
+        width, heads, mlp_ratio: size of a block. dual_depth, single_depth: counts of blocks of each kind.
+        context_dim: channels of a text token. pooled_dim: channels of the pooled prompt vector, None for no pooled path.
+        qk_norm: RMS-normalise queries and keys per head.
+        position: "rope" (rotary, 2-D), "sincos" (added once), or "both".
+        rope_axes: rotary channels of frame, row, column (their sum is the head size); None splits rows and columns evenly.
+        guidance_embeds: take the guidance scale as an input (distilled models).
+        prediction_type: "velocity", or "sample" where the last layer predicts the clean picture.
+        experts, modulation: settings of the block slots.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    _repeated_blocks: ClassVar[list[str]] = ["DualBlock", "SingleBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["DualBlock", "SingleBlock"]
+
+    @register_specs
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        patch_size: int = 4,
+        sample_size: int = 32,
+        width: int = 256,
+        heads: int = 4,
+        dual_depth: int = 4,
+        single_depth: int = 6,
+        mlp_ratio: float = 4.0,
+        context_dim: int = 384,
+        pooled_dim: int | None = 384,
+        qk_norm: bool = True,
+        position: Literal["rope", "sincos", "both"] = "rope",
+        rope_axes: tuple[int, int, int] | None = None,
+        rope_theta: float = 10000.0,
+        guidance_embeds: bool = False,
+        prediction_type: Literal["velocity", "sample"] = "velocity",
+        experts: Experts | dict[str, Any] | str = "dense",
+        modulation: Modulation | dict[str, Any] | str = "adaln-zero",
+    ) -> None:
+        super().__init__()
+        self.axes = _check(width, heads, dual_depth + single_depth, position, rope_axes, prediction_type)
+        self.out_channels = out_channels or in_channels
+        patch, hidden = (1, patch_size, patch_size), int(width * mlp_ratio)
+        slots: dict[str, Any] = {"hidden": hidden, "qk_norm": qk_norm, "modulation": parse(Modulation, modulation)}
+        self.x_embedder = PatchEmbed(in_channels, width, patch)
+        self.context_embedder = nn.Linear(context_dim, width)
+        self.time_embed = TimeEmbedding(width)
+        self.guidance_embed = TimeEmbedding(width) if guidance_embeds else None
+        self.text_embed = PooledProjection(pooled_dim, width) if pooled_dim else None
+        self.transformer_blocks = nn.ModuleList(
+            DualBlock(
+                width,
+                heads,
+                pre_only=single_depth == 0 and i == dual_depth - 1,
+                experts=parse(Experts, experts),
+                **slots,
+            )
+            for i in range(dual_depth)
+        )
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(width, heads, **slots) for _ in range(single_depth))
+        self.norm_out = PlainNorm(width)
+        self.modulation_out = slots["modulation"].build(width, 2)
+        self.proj_out = PatchOut(width, self.out_channels, patch)
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        guidance: Tensor | None = None,
+        controlnet_block_samples: list[Tensor] | None = None,
+        controlnet_single_block_samples: list[Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Return the velocity at a noisy picture.
+
+        Args:
+            hidden_states: noisy picture [B, C, H, W]; rows and columns divide by the patch.
+            timestep: [B], or [B, N] with one time a token, on 0..1000.
+            encoder_hidden_states: text tokens [B, L, context_dim].
+            pooled_projections: pooled prompt [B, pooled_dim].
+            encoder_attention_mask: [B, L], true (or 1) at real text tokens; None if all are.
+            guidance: [B], the guidance scale of a distilled model.
+            controlnet_block_samples, controlnet_single_block_samples: residuals [B, N, D] added after the blocks of each
+                kind, spread evenly where there are fewer residuals than blocks.
+            joint_attention_kwargs: passed to attention processors; `scale` is the LoRA scale.
+
+        Returns:
+            velocity [B, C, H, W] as `sample`, or a one-tuple unless `return_dict`.
+        """
+        grid = Grid.of(hidden_states, self.x_embedder.patch)
+        dtype, device = self.dtype, hidden_states.device
+        image = self.x_embedder(hidden_states.to(dtype))
+        if self.config.position != "rope":
+            image = image + sincos_2d(self.config.width, grid, device).to(dtype)
+        text = self.context_embedder(encoder_hidden_states.to(dtype))
+        temb = self._conditioning(timestep, pooled_projections, guidance, dtype)
+        inputs: dict[str, Any] = {
+            "temb": temb,
+            "image_rotary_emb": self._rotary(grid, text.shape[1], device),
+            "attention_mask": _joint_mask(encoder_attention_mask, grid.tokens),
+            "joint_attention_kwargs": joint_attention_kwargs,
+        }
+        for blocks, added in (
+            (self.transformer_blocks, controlnet_block_samples),
+            (self.single_transformer_blocks, controlnet_single_block_samples),
+        ):
+            for i, block in enumerate(blocks):
+                text, image = self._run(block, hidden_states=image, encoder_hidden_states=text, **inputs)
+                if added:
+                    image = image + added[i * len(added) // len(blocks)]
+        shift, scale = self.modulation_out(temb)
+        output = self.proj_out(modulate(self.norm_out(image), shift, scale), grid)
+        output = self._velocity(output, hidden_states, timestep)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _conditioning(self, timestep: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+        temb: Tensor = self.time_embed(timestep, dtype)
+        parts: list[Tensor] = []
+        if self.guidance_embed is not None:
+            if guidance is None:
+                raise ValueError("this model was distilled with guidance: pass guidance [B]")
+            parts.append(self.guidance_embed(guidance * 1000, dtype))
+        if self.text_embed is not None:
+            if pooled is None:
+                raise ValueError("this model has a pooled path: pass pooled_projections [B, pooled_dim]")
+            parts.append(self.text_embed(pooled.to(dtype)))
+        for part in parts:
+            temb = temb + (part if temb.dim() == 2 else part.unsqueeze(1))
+        return temb
+
+    def _rotary(self, grid: Grid, text: int, device: torch.device) -> Rotary | None:
+        if self.config.position == "sincos":
+            return None
+        return rotary(self.axes, grid, text, self.config.rope_theta, device)
+
+    def _velocity(self, output: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+        if self.config.prediction_type == "velocity":
+            return output.to(noisy.dtype)
+        noise_level = timestep.to(noisy.dtype) / 1000
+        if noise_level.dim() == 2:
+            grid = Grid.of(noisy, self.x_embedder.patch)
+            noise_level = noise_level.reshape(-1, 1, grid.height, grid.width)
+            noise_level = noise_level.repeat_interleave(self.config.patch_size, 2).repeat_interleave(self.config.patch_size, 3)
+        else:
+            noise_level = noise_level.reshape(-1, 1, 1, 1)
+        return (noisy - output.to(noisy.dtype)) / noise_level.clamp_min(SMALLEST_NOISE)
+
+
+SMALLEST_NOISE = 1e-3
+"""Below this noise level a predicted picture no longer defines a velocity, and the division is held."""
+
+
+def _check(
+    width: int, heads: int, depth: int, position: str, axes: tuple[int, int, int] | None, prediction: str
+) -> tuple[int, int, int]:
+    if width % heads or width % 4:
+        raise ValueError(f"MMDiT: width must divide by heads and by 4, got width={width}, heads={heads}")
+    if depth < 1:
+        raise ValueError("MMDiT: needs at least one block: dual_depth + single_depth is 0")
+    if position not in ("rope", "sincos", "both") or prediction not in ("velocity", "sample"):
+        raise ValueError(
+            f"MMDiT: position is rope, sincos or both and prediction_type velocity or sample, got {position}, {prediction}"
+        )
+    size = width // heads
+    found = tuple(axes) if axes is not None else (0, size // 2, size // 2)
+    if position != "sincos" and (len(found) != 3 or sum(found) != size or any(part % 2 for part in found)):
+        raise ValueError(f"MMDiT: rope_axes are three even counts adding up to the head size {size}, got {found}")
+    return found[0], found[1], found[2]
+
+
+def _joint_mask(text: Tensor | None, tokens: int) -> Tensor | None:
+    if text is None:
+        return None
+    keys = torch.nn.functional.pad(text.bool(), (0, tokens), value=True)
+    return keys[:, None, None, :]
+
+
+for _block in (DualBlock, SingleBlock):
+    TransformerBlockRegistry.register(
+        model_class=_block,
+        metadata=TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0),
+    )

@@ -1,0 +1,1 @@
+"""What a token does alone: one kind of experts a file."""

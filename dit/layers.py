@@ -1,0 +1,45 @@
+"""Norms, patches in and patches out: the small layers every backbone shares."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dit.grid import Grid, patchify, unpatchify
+
+
+class PlainNorm(nn.LayerNorm):
+    """Layer norm without weights, eps 1e-6: its scale and shift come from the conditioning."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, elementwise_affine=False, eps=1e-6)
+
+
+class PatchEmbed(nn.Module):
+    """Picture -> tokens by one linear map of each patch (the released models' strided convolution, reshaped)."""
+
+    def __init__(self, channels: int, width: int, patch: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Linear(channels * patch[0] * patch[1] * patch[2], width)
+        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] or [B, C, F, H, W] -> [B, N, D]."""
+        tokens: Tensor = self.proj(patchify(x, self.patch))
+        return tokens
+
+
+class PatchOut(nn.Module):
+    """Tokens -> picture by one linear map, zero at the start."""
+
+    def __init__(self, width: int, channels: int, patch: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Linear(width, channels * patch[0] * patch[1] * patch[2])
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, tokens: Tensor, grid: Grid, *, frames: bool = False) -> Tensor:
+        """[B, N, D] -> [B, C, H, W], or [B, C, F, H, W] when `frames`."""
+        return unpatchify(self.proj(tokens), grid, self.patch, frames=frames)

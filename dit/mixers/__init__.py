@@ -1,0 +1,1 @@
+"""How tokens hear each other: one mixer a file."""

@@ -1,0 +1,81 @@
+"""What every Leapfrog network is to diffusers: a model that can be saved, cast, offloaded, adapted, cached and compiled."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor, nn
+
+from dit.embeddings import Rotary
+from dit.grid import Grid
+from dit.spec import Spec
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a mixer may know beside its tokens: the grid, positions, the prompt and the conditioning vector."""
+
+    grid: Grid
+    emb: Tensor
+    rotary: Rotary | None = None
+    text: Tensor | None = None
+    mask: Tensor | None = None
+    attention_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Backbone(
+    ModelMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    FromOriginalModelMixin,
+    CacheMixin,
+    AttentionMixin,
+):
+    """Base of all backbones: diffusers' mixins, and the auxiliary losses that experts and routers leave behind."""
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["pos_embed", "norm"]
+    gradient_checkpointing = False
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Return the named losses (load balance, FLOPs target, ...) that the last forward pass left in its modules, summed."""
+        losses: dict[str, Tensor] = {}
+        for module in self.modules():
+            for name, loss in getattr(module, "auxiliary", {}).items():
+                losses[name] = losses[name] + loss if name in losses else loss
+        return losses
+
+    def _run(self, block: nn.Module, **inputs: Any) -> Any:
+        """Call a block with keywords, through gradient checkpointing when that is on."""
+        if self.gradient_checkpointing and self.training:
+            names = list(inputs)
+
+            def positional(*values: Any) -> Any:
+                return block(**dict(zip(names, values, strict=True)))
+
+            return self._gradient_checkpointing_func(positional, *inputs.values())
+        return block(**inputs)
+
+
+def register_specs(init: Init) -> Init:
+    """Decorate a backbone's `__init__`: its arguments become the saved config, specs as dictionaries."""
+    registered = register_to_config(init)
+    names = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        registered(self, **{k: v.to_dict() if isinstance(v, Spec) else v for k, v in given.items()})
+
+    return wrapper  # type: ignore[return-value]

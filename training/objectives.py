@@ -1,0 +1,48 @@
+"""What a network is asked to learn: flow matching in diffusers' direction (time 1 is noise, velocity = noise - picture).
+
+Paper: Flow Matching, Lipman et al. 2022, arXiv:2210.02747; Scaling Rectified Flow Transformers, Esser et al. 2024,
+arXiv:2403.03206 (logit-normal times); Back to Basics, Li and He 2025, arXiv:2511.13720 (velocity loss on a predicted picture).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(noisy [B, C, H, W], time [B] in 0..1) -> velocity [B, C, H, W]."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlowMatching:
+    """Times are logit-normal (`mean` above 0 leans to noise); the weight is held below noise level `floor`."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    floor: float = 0.05
+
+    def times(self, count: int, dice: torch.Generator) -> Tensor:
+        """Draw `count` times in 0..1."""
+        return torch.sigmoid(torch.randn(count, generator=dice) * self.std + self.mean)
+
+    def losses(self, denoiser: Denoiser, pictures: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Return the weighted squared velocity error of each sample, [B]."""
+        level = times.reshape(-1, 1, 1, 1).to(pictures.dtype)
+        noisy = (1 - level) * pictures + level * noise
+        error = denoiser(noisy, times).float() - (noise - pictures).float()
+        weight = (times / times.clamp_min(self.floor)) ** 2
+        return error.square().mean(dim=(1, 2, 3)) * weight
+
+
+@torch.no_grad()
+def euler(denoiser: Denoiser, noise: Tensor, steps: int) -> Tensor:
+    """Walk from noise [B, C, H, W] to pictures in `steps` even steps: for sample sheets while training."""
+    x = noise
+    times = torch.linspace(1, 0, steps + 1)
+    for now, then in pairwise(times):
+        x = x + (then - now) * denoiser(x, now.expand(len(x)).to(x.device))
+    return x

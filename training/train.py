@@ -1,0 +1,284 @@
+"""Train a shipped model from a recipe: `python -m training.train training/recipes/emoji.toml --out runs/emoji`.
+
+Everything that decides the checkpoint stands in the recipe. A run can be stopped at any instant and started again with the
+same command; `--minutes` ends it by the clock instead of the recipe's count of samples, with the same shape of schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dit.backbones.mmdit import MMDiT
+from dit.text import encode, load_minilm
+from training.data import Pictures, choose, load_pictures, wording
+from training.objectives import FlowMatching, euler
+from training.optimizers import Master
+
+SHEET = (
+    "dog, 3d render", "red apple, cartoon", "rocket, flat illustration", "cat, black and white icon",
+    "puppy, cartoon", "blue heart, 3d render", "cactus, cartoon", "lion, flat illustration",
+    "strawberry, 3d render", "fox, cartoon", "guitar, black and white icon", "pizza, flat illustration",
+    "sunflower, cartoon", "whale, 3d render", "ghost, cartoon", "frog, flat illustration",
+)  # fmt: skip
+"""Prompts of the sample sheet."""
+
+
+@dataclass(slots=True)
+class Batches:
+    """Latents, and the encoded wordings of each of their pictures, on one device."""
+
+    latents: Tensor
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+    choices: Tensor
+
+    def draw(self, count: int, drop: float, dice: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return `count` random pictures and a wording of each; index 0 of the wordings is the empty prompt."""
+        pick = torch.randint(len(self.latents), (count,), generator=dice)
+        which = self.choices[pick, torch.randint(self.choices.shape[1], (count,), generator=dice)]
+        which = torch.where(torch.rand(count, generator=dice) < drop, 0, which)
+        return self.latents[pick.to(self.latents.device)], self.prompts(which)
+
+    def prompts(self, which: Tensor) -> dict[str, Tensor]:
+        """Return the model's inputs for wordings by index."""
+        which = which.to(self.tokens.device)
+        return {
+            "encoder_hidden_states": self.tokens[which].float(),
+            "encoder_attention_mask": self.mask[which],
+            "pooled_projections": self.pooled[which].float(),
+        }
+
+
+def prepare(pictures: Pictures, recipe: dict[str, Any], device: torch.device) -> Batches:
+    """Average pictures down to latents and encode every wording once."""
+    scale, data = recipe["codec"]["scale"], recipe["data"]
+    latents = torch.nn.functional.avg_pool2d(pictures.pixels.float() / 127.5 - 1, scale)
+    dice = random.Random(recipe["run"]["seed"])
+    texts, choices = {"": 0}, []
+    for row in pictures.rows:
+        drawn = [wording(row, dice) for _ in range(data["wordings"])]
+        choices.append([texts.setdefault(text, len(texts)) for text in drawn])
+    tokenizer, encoder = load_minilm()
+    encoder = encoder.to(device)
+    parts = [
+        encode(tokenizer, encoder, list(texts)[i : i + 256], length=data["text_tokens"]) for i in range(0, len(texts), 256)
+    ]
+    joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask", "pooled")]
+    return Batches(latents.to(device), joined[0].bfloat16(), joined[1], joined[2], torch.tensor(choices))
+
+
+class Trainer:
+    """One run: the model in its compute type, its master weights, the data, and where everything is written."""
+
+    def __init__(self, recipe: dict[str, Any], out: Path, minutes: float | None, start: Path | None) -> None:
+        self.recipe, self.out, self.minutes = recipe, out, minutes
+        self.accelerator = Accelerator()
+        self.device = self.accelerator.device
+        run, optimizer = recipe["run"], recipe["optimizer"]
+        torch.manual_seed(run["seed"])
+        size = {k: v for k, v in recipe["model"].items() if k != "backbone"}
+        model = MMDiT(**size) if start is None else MMDiT.from_pretrained(start)
+        self.master = Master(
+            model.to(self.device), **{k: optimizer[k] for k in ("name", "rate", "matrix_rate", "decay", "ema")}
+        )
+        self.model = model.to(getattr(torch, run["precision"]))
+        if run["compile"]:
+            self.model.compile_repeated_blocks()
+        self.objective = FlowMatching(**recipe["objective"])
+        self.dice = torch.Generator().manual_seed(run["seed"] + self.accelerator.process_index)
+        self.seen, self.spent = 0, 0.0
+        self.log: list[dict[str, float]] = []
+        out.mkdir(parents=True, exist_ok=True)
+        self._resume()
+
+    def load_data(self) -> None:
+        """Read the pictures of the recipe and split them."""
+        data = self.recipe["data"]
+        pictures = choose(
+            load_pictures(Path(data["folder"]), size=data["size"]),
+            **{k: data[k] for k in ("styles", "subgroups", "concepts")},
+        )
+        self.train = prepare(pictures.only([r["split"] == "train" for r in pictures.rows]), self.recipe, self.device)
+        self.held = prepare(pictures.only([r["split"] == "val_pair" for r in pictures.rows]), self.recipe, self.device)
+        tokenizer, encoder = load_minilm()
+        prompts = encode(tokenizer, encoder, ["", *SHEET], length=self.recipe["data"]["text_tokens"])
+        self.sheet = Batches(self.train.latents[:1], prompts.tokens, prompts.mask, prompts.pooled, torch.zeros(1, 1))
+        print(f"{len(self.train.latents)} pictures to learn, {len(self.held.latents)} held out", file=sys.stderr)
+
+    def progress(self) -> float:
+        """Share of the run that is done, by the clock or by samples."""
+        if self.minutes is not None:
+            return self.spent / 60 / self.minutes
+        return float(self.seen / self.recipe["run"]["samples"])
+
+    def factor(self) -> float:
+        """Learning-rate factor: warm-up, constant, then one minus a square root down to zero."""
+        settings = self.recipe["optimizer"]
+        tail = (self.progress() - 1 + settings["cooldown"]) / settings["cooldown"]
+        cooling = 1 - math.sqrt(min(max(tail, 0.0), 1.0))
+        return float(min(1.0, (self.master.steps + 1) / settings["warmup"]) * max(cooling, 0.02))
+
+    def step(self) -> float:
+        """One batch, one move of the weights; return the loss."""
+        run = self.recipe["run"]
+        latents, prompts = self.train.draw(run["batch"], self.recipe["data"]["drop"], self.dice)
+        noise = torch.randn(latents.shape, generator=self.dice).to(self.device)
+        times = self.objective.times(len(latents), self.dice).to(self.device)
+        loss = self.objective.losses(self._denoiser(prompts), latents, noise, times).mean()
+        self.accelerator.backward(loss)
+        self.master.step(self.factor(), self.recipe["optimizer"]["clip"])
+        self.seen += len(latents) * self.accelerator.num_processes
+        return float(loss)
+
+    def run(self) -> None:
+        """Train to the end of the schedule, saving on the way."""
+        self.load_data()
+        run, began, saved, smooth = self.recipe["run"], time.monotonic(), time.monotonic(), None
+        before = self.spent
+        bar = tqdm(total=100.0, unit="%", initial=round(100 * self.progress(), 2), mininterval=5)
+        while self.progress() < 1:
+            loss = self.step()
+            self.spent = before + time.monotonic() - began
+            smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+            bar.update(min(100.0, 100 * self.progress()) - bar.n)
+            bar.set_postfix(loss=f"{smooth:.4f}", seen=self.seen, rate=f"{self.seen / max(self.spent, 1):.0f}/s")
+            if self.master.steps % run["check_every"] == 0:
+                row = {"step": self.master.steps, "seen": self.seen, "seconds": self.spent, "loss": smooth}
+                self.log.append(row | self.check())
+                print(json.dumps(self.log[-1]), file=sys.stderr, flush=True)
+            if time.monotonic() - saved > 60 * run["save_every"]:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    @torch.no_grad()
+    def check(self) -> dict[str, float]:
+        """Loss of the averaged weights on held-out and on learnt pictures, with fixed noise and times."""
+        result = {}
+        with self._averaged():
+            for name, batches in (("held_out", self.held), ("learnt", self.train)):
+                dice = torch.Generator().manual_seed(1)
+                latents, prompts = batches.draw(128, 0.0, dice)
+                noise = torch.randn(latents.shape, generator=dice).to(self.device)
+                times = torch.linspace(0.02, 0.98, len(latents)).to(self.device)
+                result[name] = float(self.objective.losses(self._denoiser(prompts), latents, noise, times).mean())
+        return result
+
+    def save(self) -> None:
+        """Write resume state, averaged model, loss curve and sample sheet, each under its final name only when whole."""
+        if not self.accelerator.is_main_process:
+            return
+        state = self.master.state() | {"dice": self.dice.get_state()}
+        _atomic(self.out / "state.safetensors", lambda path: save_file(state, path))
+        progress = {"seen": self.seen, "seconds": self.spent, "log": self.log}
+        _atomic(self.out / "progress.json", lambda path: path.write_text(json.dumps(progress)))
+        with self._averaged():
+            self._sheet().save(self.out / "sheet.png")
+            sheets = self.out / "sheets"
+            sheets.mkdir(exist_ok=True)
+            self._sheet().save(sheets / f"{self.seen:08d}.png")
+            self.model.save_pretrained(self.out / "transformer", max_shard_size="15MB")
+
+    def _resume(self) -> None:
+        if not (self.out / "state.safetensors").is_file():
+            return
+        tensors = load_file(self.out / "state.safetensors")
+        self.dice.set_state(tensors.pop("dice"))
+        self.master.load(tensors)
+        progress = json.loads((self.out / "progress.json").read_text())
+        self.seen, self.spent, self.log = progress["seen"], progress["seconds"], progress["log"]
+        print(f"resumed after {self.seen} samples", file=sys.stderr)
+
+    def _denoiser(self, prompts: dict[str, Tensor]) -> Any:
+        def denoise(noisy: Tensor, times: Tensor) -> Tensor:
+            return self.model(noisy, times * 1000, **prompts, return_dict=False)[0]  # type: ignore[no-any-return]
+
+        return denoise
+
+    def _averaged(self) -> _Swapped:
+        return _Swapped(self.master)
+
+    def _sheet(self, scale: float = 3.0, steps: int = 25) -> Image.Image:
+        noise = torch.randn(len(SHEET), *self.sheet.latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(self.device)
+        asked = self.sheet.prompts(torch.arange(1, len(SHEET) + 1))
+        empty = self.sheet.prompts(torch.zeros(len(SHEET), dtype=torch.long))
+
+        def guided(noisy: Tensor, times: Tensor) -> Tensor:
+            base: Tensor = self._denoiser(empty)(noisy, times)
+            return base + scale * (self._denoiser(asked)(noisy, times) - base)
+
+        return _mosaic(euler(guided, noise, steps), columns=4)
+
+
+class _Swapped:
+    """The live model with the averaged weights, uncompiled, for as long as the `with` lasts."""
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
+        self.stance = torch.compiler.set_stance("force_eager")
+
+    def __enter__(self) -> None:
+        self.stance.__enter__()
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.master.live), self.master.average)
+
+    def __exit__(self, *_: object) -> None:
+        self.stance.__exit__(None, None, None)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.master.live), self.master.weights)
+
+
+def _mosaic(pictures: Tensor, columns: int, enlarge: int = 4) -> Image.Image:
+    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().permute(0, 2, 3, 1)
+    count, height, width, _ = pixels.shape
+    rows = -(-count // columns)
+    board = Image.new("RGB", (columns * width * enlarge, rows * height * enlarge), "white")
+    for i, picture in enumerate(pixels):
+        tile = Image.fromarray(picture.numpy()).resize((width * enlarge, height * enlarge), Image.Resampling.NEAREST)
+        board.paste(tile, (i % columns * width * enlarge, i // columns * height * enlarge))
+    return board
+
+
+def _atomic(path: Path, write: Any) -> None:
+    draft = path.with_name(path.name + ".new")
+    write(draft)
+    os.replace(draft, path)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an earlier run in it goes on")
+    parser.add_argument("--minutes", type=float, help="end by the clock, with the whole schedule in that time")
+    parser.add_argument("--start", type=Path, help="transformer folder to start from, instead of random weights")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=JSON", help="change one setting of the recipe")
+    given = parser.parse_args()
+    recipe = tomllib.loads(given.recipe.read_text())
+    for change in given.set:
+        key, _, value = change.partition("=")
+        section, _, name = key.partition(".")
+        recipe[section][name] = json.loads(value)
+    Trainer(recipe, given.out, given.minutes, given.start).run()
+
+
+if __name__ == "__main__":
+    main()
