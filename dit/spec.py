@@ -43,14 +43,14 @@ class Knob:
         if self.type is tuple and isinstance(value, list):
             value = tuple(value)
         if isinstance(value, bool) is not (self.type is bool) or not isinstance(value, self.type):
-            raise ValueError(f"{where} must be {self._allowed()}, got {value!r}")
+            raise ValueError(f"{where} must be {self.allowed()}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where} must be a finite number, got {value!r}")
         if self.choices is not None and value not in self.choices:
-            raise ValueError(f"{where} must be {self._allowed()}, got {value!r}{_nearest(str(value), map(str, self.choices))}")
+            raise ValueError(f"{where} must be {self.allowed()}, got {value!r}{_nearest(str(value), map(str, self.choices))}")
         size: Any = value
         if (self.low is not None and size < self.low) or (self.high is not None and size > self.high):
-            raise ValueError(f"{where} must be {self._allowed()}, got {value!r}")
+            raise ValueError(f"{where} must be {self.allowed()}, got {value!r}")
         return value
 
     def read(self, owner: str, text: str) -> Any:
@@ -70,9 +70,10 @@ class Knob:
                     raise
         else:
             return self.check(owner, text)
-        raise ValueError(f"{owner}: {self.name} must be {self._allowed()}, got {text!r}")
+        raise ValueError(f"{owner}: {self.name} must be {self.allowed()}, got {text!r}")
 
-    def _allowed(self) -> str:
+    def allowed(self) -> str:
+        """Return the values this knob takes, in words."""
         if self.choices is not None:
             return "one of " + ", ".join(map(str, self.choices))
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(self.type, self.type.__name__)

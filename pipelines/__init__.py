@@ -1,0 +1,1 @@
+"""From a request to a saved result. Import the modules by name: `pipelines.request`, `pipelines.generate`, ..."""

@@ -1,0 +1,379 @@
+"""The only way from a request to a result: find, check, load, denoise each picture by itself, report.
+
+Every picture of a request is made alone, with its own run of the accelerators: so its pixels do not depend on how many
+others were asked for, and any one can be remade from its file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import catalog, machine
+from pipelines.calls import arguments, default_of, finished, takes
+from pipelines.catalog import Card, Loaded
+from pipelines.request import Request, RequestError
+from pipelines.result import Picture, Result, pixel_hash
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PIXEL_LIMIT = 64_000_000
+"""Most pixels of a starting picture."""
+BYTE_LIMIT = 64_000_000
+"""Most bytes of a starting picture's file."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: evaluation `step` of `steps` (0 before the first), phase, seconds since the request began.
+
+    Phases: load, encode, denoise, decode. `picture` counts from 0.
+    """
+
+    step: int
+    steps: int
+    phase: str
+    seconds: float
+    picture: int = 0
+
+
+OnStep = Callable[[Progress], object]
+
+
+class Cancelled(Exception):
+    """The run was stopped because `on_step` returned False; nothing was decoded."""
+
+
+def generate(request: Request, *, on_step: OnStep | None = None) -> Result:
+    """Make the pictures of a request.
+
+    Args:
+        on_step: called with a `Progress` at every phase and after every evaluation; returning False stops the run.
+
+    Raises:
+        RequestError: the request does not suit the model, or the model is unknown or refused; nothing was loaded.
+        Unavailable: no such device, or a hub that cannot be reached.
+        Cancelled: stopped by `on_step`.
+    """
+    watch = _Watch(on_step)
+    watch.tell("load")
+    folder, card = catalog.prepare(catalog.find(request.model))
+    check(request, card)
+    image, image_digest = _read_image(request.image)
+    start = time.perf_counter()
+    loaded = catalog.load_folder(folder, card, request.dtype, request.device)
+    loading = time.perf_counter() - start
+    with loaded.lock:
+        _check_accelerators(request, loaded.pipeline)
+        made = []
+        for index in range(request.images):
+            watch.picture = index
+            made.append(_picture(request.one(index), loaded, image, watch))
+    for picture in made:
+        picture.report["timings"] = {"load": loading} | picture.report["timings"]
+        if image_digest:
+            picture.report["image"] = image_digest
+    return Result(tuple(made), request, _whole(made, loading))
+
+
+def check(request: Request, card: Card) -> None:
+    """Check a request against what a model's card says, before its weights load. Raises: RequestError."""
+    if card.takes_class and request.class_label is None:
+        raise RequestError(
+            "class_label", None, f"a class number{_classes(card)}: {card.name} takes no prompt"
+        )
+    if not card.takes_class and request.class_label is not None:
+        raise RequestError("class_label", request.class_label, f"left out: {card.name} takes a prompt")
+    if card.classes is not None and (request.class_label or 0) >= card.classes:
+        raise RequestError("class_label", request.class_label, f"a class number{_classes(card)}")
+    for name in ("width", "height"):
+        side = getattr(request, name)
+        if side is not None and (side % card.multiple or not card.low <= side <= card.high):
+            allowed = f"a multiple of {card.multiple} from {card.low} to {card.high} px for {card.name}"
+            raise RequestError(name, side, allowed)
+    if (request.frames or 1) > 1 and card.task != "text-to-video":
+        raise RequestError("frames", request.frames, f"left out: {card.name} makes still pictures")
+
+
+def _classes(card: Card) -> str:
+    return f" from 0 to {card.classes - 1}" if card.classes else ""
+
+
+def _check_accelerators(request: Request, pipeline: Any) -> None:
+    if not request.accelerators:
+        return
+    from acceleration.base import refusal
+
+    transformer = getattr(pipeline, "transformer", None)
+    reason = f"{type(pipeline).__name__} has no transformer" if transformer is None else None
+    reason = reason or refusal(transformer, *request.accelerators)
+    if reason is not None:
+        raise RequestError(
+            "accelerators", [str(one) for one in request.accelerators], f"ones that can work here: {reason}"
+        )
+
+
+def _picture(request: Request, loaded: Loaded, image: Image | None, watch: _Watch) -> Picture:
+    start = time.perf_counter()
+    with _prepared(loaded.pipeline, request, image) as pipeline:
+        given = arguments(pipeline, request, loaded.card, image)
+        with watch.watching(pipeline, given, start), _accelerated(pipeline, request, given) as run:
+            watch.tell("encode")
+            try:
+                output = pipeline(**given)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise _explained(error, request) from error
+        end = time.perf_counter()
+        effective = _effective(pipeline, request, given, loaded)
+        warnings = _cut_prompt(pipeline, request.prompt, given)
+    frames, failures = finished(output)
+    made = (frames[0].width, frames[0].height)
+    asked = (request.width or made[0], request.height or made[1])
+    if made != asked:
+        warnings.append(f"asked for {asked[0]}x{asked[1]} px, the pipeline made {made[0]}x{made[1]} px")
+    report = run.report() if run is not None else None
+    return Picture(
+        tuple(frames),
+        request,
+        {
+            "seed": request.seed,
+            "pixels": pixel_hash(frames),
+            "requested": {key: value for key, value in request.to_dict().items() if key in effective},
+            "effective": effective
+            | {"width": frames[0].width, "height": frames[0].height, "frames": len(frames)},
+            "exact": not request.accelerators,
+            "run": report.to_dict() if report is not None else {"calls": watch.calls},
+            "summary": report.summary() if report is not None else f"exact - {watch.calls} calls",
+            "timings": watch.timings(start, end),
+            "peak_memory_mb": machine.peak_memory(loaded.device),
+            "versions": machine.versions(),
+            "weights": loaded.digest,
+            "warnings": warnings + failures,
+            "failures": failures,
+        },
+    )
+
+
+def _explained(error: Exception, request: Request) -> Exception:
+    """Return the error of a pipeline as one of the request, where it speaks of the request."""
+    if isinstance(error, RequestError):
+        return error
+    if request.scheduler != "default":
+        return RequestError("scheduler", request.scheduler, f"one that this pipeline can drive ({error})")
+    if isinstance(error, ValueError):
+        return RequestError("request", request.model, f"one that this pipeline accepts ({error})")
+    return RuntimeError(f"the pipeline failed: {error}")
+
+
+@contextlib.contextmanager
+def _prepared(pipeline: Any, request: Request, image: Image | None) -> Iterator[Any]:
+    """Yield the pipeline for this task with a fresh scheduler of the kind asked for; the model's own stands again after."""
+    from pipelines.schedulers import scheduler_for
+
+    if image is not None and not takes(pipeline, "image", "strength"):
+        from diffusers import AutoPipelineForImage2Image
+
+        try:
+            pipeline = AutoPipelineForImage2Image.from_pipe(pipeline)
+        except (ValueError, AttributeError):
+            raise RequestError(
+                "image", request.image, f"left out: {request.model} cannot start from a picture"
+            ) from None
+    before = pipeline.scheduler
+    pipeline.scheduler = scheduler_for(request.scheduler, before)
+    try:
+        yield pipeline
+    finally:
+        pipeline.scheduler = before
+
+
+@contextlib.contextmanager
+def _accelerated(pipeline: Any, request: Request, given: dict[str, Any]) -> Iterator[Any]:
+    """Yield the run that counts (and saves) the work of the transformer, or None where there is none to count."""
+    from acceleration.base import accelerated, refusal
+
+    transformer = getattr(pipeline, "transformer", None)
+    if transformer is None or (not request.accelerators and refusal(transformer) is not None):
+        yield None
+        return
+    steps = given.get("num_inference_steps", default_of(pipeline, "num_inference_steps"))
+    with accelerated(transformer, *request.accelerators, steps=steps) as run:  # type: ignore[arg-type]
+        yield run
+
+
+def _effective(pipeline: Any, request: Request, given: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
+    guidance = given.get("guidance_scale", default_of(pipeline, "guidance_scale"))
+    return {
+        "model": request.model,
+        "pipeline": type(pipeline).__name__,
+        "steps": given.get("num_inference_steps", default_of(pipeline, "num_inference_steps")),
+        "guidance": given.get("true_cfg_scale", guidance),
+        "guidance_mode": given.get("guidance_mode", "the pipeline's own"),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "dtype": loaded.dtype,
+        "device": loaded.device,
+        "device_name": machine.device_name(loaded.device),
+        "accelerators": [str(one) for one in request.accelerators],
+    }
+
+
+def _whole(made: list[Picture], loading: float) -> dict[str, Any]:
+    """Return the report of all pictures: the first one's, with times added up and every failure."""
+    first = made[0].report
+    if len(made) == 1:
+        return first
+    timings = {"load": loading}
+    for picture in made:
+        for phase, seconds in picture.report["timings"].items():
+            timings[phase] = seconds if phase == "load" else timings.get(phase, 0.0) + seconds
+    several = {
+        "timings": timings,
+        "warnings": list(dict.fromkeys(one for picture in made for one in picture.report["warnings"])),
+        "failures": [
+            f"seed {picture.request.seed}: {one}" for picture in made for one in picture.report["failures"]
+        ],
+        "peak_memory_mb": made[-1].report["peak_memory_mb"],
+        "pictures": [
+            {"seed": one.request.seed, "pixels": one.report["pixels"], "run": one.report["run"]}
+            for one in made
+        ],
+    }
+    return first | several
+
+
+def _cut_prompt(pipeline: Any, prompt: str, given: dict[str, Any]) -> list[str]:
+    """Return a warning for every text encoder that does not read the prompt to its end."""
+    own = getattr(pipeline, "config", {}).get("text_length")
+    longest = given.get("max_sequence_length", default_of(pipeline, "max_sequence_length"))
+    found = []
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is None or not prompt:
+            continue
+        limits = [
+            n
+            for n in (own, longest, getattr(tokenizer, "model_max_length", None))
+            if isinstance(n, int) and 0 < n < 100_000
+        ]
+        count = len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+        if limits and count > min(limits):
+            found.append(
+                f"the prompt has {count} tokens and {name} reads {min(limits)}: the rest has no effect there"
+            )
+    return found
+
+
+def _read_image(path: str | None) -> tuple[Image | None, dict[str, str] | None]:
+    """Open a starting picture. Raises: RequestError, before anything large is decoded."""
+    if path is None:
+        return None, None
+    from PIL import Image, ImageOps
+
+    file = Path(path).expanduser()
+    try:
+        if file.stat().st_size > BYTE_LIMIT:
+            raise RequestError("image", path, f"a file of at most {BYTE_LIMIT // 1_000_000} MB")
+        data = file.read_bytes()
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP")) as opened:
+            if opened.width * opened.height > PIXEL_LIMIT:
+                raise RequestError(
+                    "image",
+                    f"{opened.width}x{opened.height}",
+                    f"at most {PIXEL_LIMIT // 1_000_000} million pixels",
+                )
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
+    except RequestError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RequestError("image", path, f"at most {PIXEL_LIMIT // 1_000_000} million pixels") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RequestError("image", path, f"a readable PNG, JPEG, WebP or BMP picture ({error})") from None
+    return picture, {"name": file.name, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class _Watch:
+    """Tell the caller where a run stands, and measure its phases by the first and last call of the network."""
+
+    def __init__(self, on_step: OnStep | None) -> None:
+        self.on_step, self.begin, self.picture = on_step, time.perf_counter(), 0
+        self.calls, self.first, self.last = 0, 0.0, 0.0
+
+    def tell(self, phase: str, step: int = 0, steps: int = 0) -> None:
+        """Raises: Cancelled if the caller answers False."""
+        if self.on_step is not None:
+            progress = Progress(step, steps, phase, time.perf_counter() - self.begin, self.picture)
+            if self.on_step(progress) is False:
+                raise Cancelled(f"stopped at step {step} of {steps}" if steps else f"stopped before {phase}")
+
+    @contextlib.contextmanager
+    def watching(self, pipeline: Any, given: dict[str, Any], start: float) -> Iterator[None]:
+        """Count the network's calls and hear of every evaluation, by the pipeline's callback or by its scheduler's steps."""
+        from dit.seams import patched
+
+        network = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+        self.calls, self.first, self.last, done = 0, start, start, 0
+
+        def before(*_: Any) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                self.first = time.perf_counter()
+
+        def after(*_: Any) -> None:
+            self.last = time.perf_counter()
+
+        def stepped(total: int) -> None:
+            nonlocal done
+            done += 1
+            self.tell("denoise", done, total)
+            if done == total:
+                _wait_for(network)
+                self.last = time.perf_counter()
+                self.tell("decode", done, total)
+
+        with contextlib.ExitStack() as stack:
+            if network is not None:
+                stack.callback(network.register_forward_pre_hook(before).remove)
+                stack.callback(network.register_forward_hook(after).remove)
+            if takes(pipeline, "callback_on_step_end"):
+
+                def heard(pipe: Any, _index: int, _time: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+                    stepped(_total(pipe))
+                    return inputs
+
+                given["callback_on_step_end"] = heard
+            else:
+                inner = pipeline.scheduler.step
+
+                def step(*args: Any, **kwargs: Any) -> Any:
+                    answer = inner(*args, **kwargs)
+                    stepped(_total(pipeline))
+                    return answer
+
+                stack.enter_context(patched(pipeline.scheduler, "step", step))
+            yield
+
+    def timings(self, start: float, end: float) -> dict[str, float]:
+        """Return seconds for each phase of the last picture; they add up to the whole."""
+        return {"encode": self.first - start, "denoise": self.last - self.first, "decode": end - self.last}
+
+
+def _wait_for(network: Any) -> None:
+    """Wait until the device has done what it was told, so that the next phase is not charged for it."""
+    import torch
+
+    if network is not None and next(network.parameters()).is_cuda:
+        torch.cuda.synchronize()
+
+
+def _total(pipeline: Any) -> int:
+    try:
+        return int(pipeline.num_timesteps)
+    except (AttributeError, TypeError):
+        return len(pipeline.scheduler.timesteps)

@@ -1,0 +1,183 @@
+"""Remake a picture from its file and say whether it came out the same, and if not, which ingredient differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import catalog
+from pipelines.generate import OnStep, generate
+from pipelines.metadata import read_metadata
+from pipelines.request import Request, RequestError
+from pipelines.result import Picture, pixel_hash
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NOISE = 1.0
+"""Largest root mean square difference, in steps of 255, that is called noise (a PSNR of 48 dB)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """What remaking a picture showed: "identical", "within noise" or "different", and every ingredient that is not as it was."""
+
+    verdict: str
+    rms: float | None
+    largest: int | None
+    differs: dict[str, dict[str, Any]]
+    seconds: float
+
+    @property
+    def same(self) -> bool:
+        """Whether the picture counts as reproduced."""
+        return self.verdict != "different"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            self.verdict
+            if self.rms is None
+            else f"{self.verdict} (rms {self.rms:.3f}, largest {self.largest} of 255)"
+        ]
+        lines += [
+            f"  {name}: was {_shown(pair['was'])}, is {_shown(pair['is'])}"
+            for name, pair in self.differs.items()
+        ]
+        if not self.differs and not self.same:
+            lines.append(
+                "  every recorded ingredient is the same; the difference comes from one that is not recorded"
+            )
+        return "\n".join(lines)
+
+
+def repro(
+    path: str | Path, *, model: str | None = None, image: str | None = None, on_step: OnStep | None = None
+) -> Verdict:
+    """Remake the picture of a file.
+
+    Args:
+        model, image: needed where the file names a model that is not shipped, or a starting picture: nothing that a file
+            names is opened unless you name it too.
+
+    Raises:
+        RequestError: the file holds no request, or names what you have to confirm.
+    """
+    found = read_metadata(path)
+    request, was = Request.from_dict(found["request"]), found["report"]
+    request = request.replace(**_confirmed(request, was, model, image))
+    request = request.replace(**_as_it_ran(request, was))
+    result = generate(request, on_step=on_step)
+    picture = result.pictures[0]
+    differs = compare(was, picture.report)
+    timings = sum(result.report["timings"].values())
+    if was.get("pixels") == picture.report["pixels"]:
+        altered = _altered(Path(path), was)
+        return Verdict("different" if altered else "identical", None, None, differs | altered, timings)
+    rms, largest, altered = _difference(Path(path), picture, was)
+    verdict = "within noise" if rms is not None and rms <= NOISE else "different"
+    return Verdict(verdict, rms, largest, differs | altered, timings)
+
+
+def compare(was: dict[str, Any], now: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the ingredients that differ between two reports: weights, software, device, dtype, accelerators, settings."""
+    found = {}
+    before, after = _ingredients(was), _ingredients(now)
+    for name in before | after:
+        if before.get(name) != after.get(name):
+            found[name] = {"was": before.get(name), "is": after.get(name)}
+    return found
+
+
+def _part(report: dict[str, Any], name: str) -> dict[str, Any]:
+    found = report.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _ingredients(report: dict[str, Any]) -> dict[str, Any]:
+    effective, run = _part(report, "effective"), _part(report, "run")
+    parts = {
+        "weights": report.get("weights"),
+        "device": effective.get("device_name"),
+        "dtype": effective.get("dtype"),
+        "starting picture": _part(report, "image").get("sha256"),
+        "accelerators": [effective.get("accelerators"), run.get("effective"), run.get("computed")],
+    }
+    settings = ("pipeline", "scheduler", "steps", "guidance", "guidance_mode", "width", "height", "frames")
+    parts |= {f"setting {name}": effective.get(name) for name in settings}
+    return parts | {f"version of {name}": number for name, number in _part(report, "versions").items()}
+
+
+def _confirmed(request: Request, was: dict[str, Any], model: str | None, image: str | None) -> dict[str, str]:
+    changes = {}
+    if model is not None:
+        changes["model"] = model
+    elif request.model not in catalog.shipped():
+        raise RequestError(
+            "model",
+            request.model,
+            "shipped, or confirmed by you with --model: a file cannot choose what is opened",
+        )
+    if image is not None:
+        changes["image"] = image
+    elif request.image is not None:
+        name = _part(was, "image").get("name")
+        raise RequestError("image", name, "given again with --image: a file cannot choose what is opened")
+    return changes
+
+
+def _as_it_ran(request: Request, was: dict[str, Any]) -> dict[str, str]:
+    """Return the dtype and device that took effect then, where they can be had now."""
+    effective = _part(was, "effective")
+    known = effective.get("dtype") in ("float32", "bfloat16", "float16")
+    changes = {"dtype": effective["dtype"]} if known else {}
+    device = effective.get("device")
+    if isinstance(device, str):
+        try:
+            changes["device"] = catalog.device_for(Request(prompt="x", device=device).device)
+        except (catalog.Unavailable, RequestError):
+            changes["device"] = "auto"
+    return changes
+
+
+def _altered(path: Path, was: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    frames = _frames(path)
+    if frames is None or pixel_hash(frames) == was.get("pixels"):
+        return {}
+    return {"the file's own pixels": {"was": was.get("pixels"), "is": pixel_hash(frames)}}
+
+
+def _difference(
+    path: Path, picture: Picture, was: dict[str, Any]
+) -> tuple[float | None, int | None, dict[str, Any]]:
+    import numpy as np
+
+    frames = _frames(path)
+    if frames is None or len(frames) != len(picture.frames) or frames[0].size != picture.frames[0].size:
+        return None, None, {} if frames is None else _altered(path, was)
+    old, new = (
+        np.stack([np.asarray(one.convert("RGB"), dtype=np.float32) for one in group])
+        for group in (frames, picture.frames)
+    )
+    gap = np.abs(old - new)
+    return float(np.sqrt((gap**2).mean())), int(gap.max()), _altered(path, was)
+
+
+def _frames(path: Path) -> list[Image] | None:
+    """Return the pictures of a PNG, None of a sidecar."""
+    from PIL import Image, ImageSequence
+
+    try:
+        with Image.open(path, formats=("PNG",)) as opened:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."

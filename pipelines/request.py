@@ -1,0 +1,206 @@
+"""A request: everything that decides a picture, checked once, to and from JSON. Every limit and unit stands here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+
+from dit.spec import Knob, Spec, knob, knobs
+
+PROMPT_LENGTH = 2000
+"""Longest prompt, in characters."""
+LARGEST_SEED = 2**53 - 1
+"""The largest seed, the largest whole number that JSON and a browser keep exactly."""
+
+SCHEDULERS = ("default", "euler", "heun", "dpm++2m", "unipc", "ddim", "ddpm")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+GUIDANCE_MODES = ("batched", "sequential")
+
+_DEVICE = re.compile(r"(auto|cpu|mps|(cuda|xpu)(:\d{1,2})?)\Z")
+
+
+class RequestError(ValueError):
+    """A request that cannot be served: the field, what was given and what is allowed."""
+
+    def __init__(self, field: str, given: object, allowed: str) -> None:
+        super().__init__(field, given, allowed)
+        self.field, self.given, self.allowed = field, given, allowed
+
+    def __str__(self) -> str:
+        return f"{self.field} must be {self.allowed}; got {shorten(self.given)}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to make. None stands for the model's own value; picture i of `images` has the seed `seed + i`.
+
+    Raises:
+        RequestError: a value out of its limits, with the field, what was given and what is allowed.
+    """
+
+    prompt: str = knob("", "Prompt")
+    negative_prompt: str = knob("", "Negative prompt")
+    model: str = knob("emoji", "Model: a shipped name, a folder or a hub id")
+    class_label: int | None = knob(None, "Class number, for class-conditional models", low=0, high=999_999)
+    width: int | None = knob(None, "Width", low=16, high=4096, step=8, unit="px")
+    height: int | None = knob(None, "Height", low=16, high=4096, step=8, unit="px")
+    frames: int | None = knob(None, "Frames, for video models", low=1, high=1000, step=1, unit="frames")
+    steps: int | None = knob(None, "Denoising steps", low=1, high=1000, step=1, unit="steps")
+    guidance: float | None = knob(
+        None, "How strictly to follow the prompt; 1 turns guidance off", low=0.0, high=50.0, step=0.5
+    )
+    seed: int = knob(0, "Seed of the first picture", low=0, high=LARGEST_SEED, step=1)
+    images: int = knob(1, "How many pictures", low=1, high=256, step=1, unit="pictures")
+    scheduler: str = knob("default", "Scheduler", choices=SCHEDULERS)
+    image: str | None = knob(None, "Picture to start from")
+    strength: float = knob(
+        0.7, "How far to move away from the starting picture", low=0.01, high=1.0, step=0.05
+    )
+    guidance_mode: str = knob("batched", "Guidance in one call or in two", choices=GUIDANCE_MODES)
+    dtype: str = knob("auto", "Number format of the weights", choices=DTYPES)
+    device: str = knob("auto", "Device: auto, cpu, cuda, cuda:1, mps")
+    accelerators: tuple[Spec, ...] = knob((), "Accelerators, for example delta-cache:interval=3")
+
+    def __post_init__(self) -> None:
+        for name in ("image", "model"):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        object.__setattr__(self, "accelerators", _read_accelerators(self.accelerators))
+        for one in settings():
+            object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
+        self._check_texts()
+        if self.seed + self.images - 1 > LARGEST_SEED:
+            raise RequestError(
+                "seed", self.seed, f"at most {LARGEST_SEED} for the last of {self.images} pictures"
+            )
+        if not _DEVICE.match(self.device):
+            raise RequestError("device", self.device, "auto, cpu, mps, cuda or cuda:<number>")
+
+    def _check_texts(self) -> None:
+        _check_text("prompt", self.prompt, PROMPT_LENGTH, empty=self.class_label is not None)
+        _check_text("negative_prompt", self.negative_prompt, PROMPT_LENGTH, empty=True)
+        _check_text("model", self.model, 1024, empty=False)
+        if self.image is not None:
+            _check_text("image", self.image, 4096, empty=False)
+        if self.class_label is not None and self.prompt:
+            raise RequestError("prompt", self.prompt, "empty where a class number is given")
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def one(self, index: int) -> Self:
+        """Return the request that remakes picture `index` of this one alone."""
+        if not 0 <= index < self.images:
+            raise RequestError("index", index, f"a picture number from 0 to {self.images - 1}")
+        return self.replace(seed=self.seed + index, images=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form: every field, accelerators as dictionaries."""
+        values = {one.name: getattr(self, one.name) for one in settings()}
+        return values | {"accelerators": [one.to_dict() for one in self.accelerators]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read the JSON form. Raises: RequestError, also for an unknown field (the nearest valid one is named)."""
+        if not isinstance(values, Mapping):
+            raise RequestError("request", values, "a dictionary of fields")
+        names = [one.name for one in settings()]
+        for key in values:
+            if key not in names:
+                raise RequestError(
+                    "request", key, f"made of the fields {', '.join(names)}{nearest(str(key), names)}"
+                )
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read the request inside a saved PNG or its JSON sidecar. Nothing that the file names is opened.
+
+        Raises:
+            RequestError: no such file, no request inside, more than 1 MB of it, or a request that is not valid.
+        """
+        from pipelines.metadata import read_metadata
+
+        return cls.from_dict(read_metadata(path)["request"])
+
+
+def settings() -> tuple[Knob, ...]:
+    """Return the fields of a request with their limits; the page and the command line are built from them."""
+    return knobs(cast(Any, Request))
+
+
+def accelerator_kinds() -> dict[str, type[Spec]]:
+    """Return every accelerator by name. Importing them imports torch, so this is done only when asked."""
+    import importlib
+    import pkgutil
+
+    import acceleration
+    from acceleration.base import Accelerator
+    from dit.spec import kinds
+
+    for module in pkgutil.iter_modules(acceleration.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"acceleration.{module.name}")
+    return dict(kinds(Accelerator))
+
+
+def nearest(word: str, words: Any) -> str:
+    """Return " (did you mean ...?)" for the word most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def shorten(value: object, length: int = 80) -> str:
+    """Return how a value looks, cut for an error message."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+
+
+def _read_accelerators(values: Any) -> tuple[Spec, ...]:
+    if isinstance(values, (str, Mapping, Spec)):
+        values = (values,)
+    if not isinstance(values, (tuple, list)):
+        raise RequestError("accelerators", values, "a list of accelerators")
+    if any(not isinstance(one, Spec) for one in values):
+        kinds = accelerator_kinds()
+        from acceleration.base import Accelerator
+        from dit.spec import parse
+
+        assert kinds is not None
+        try:
+            values = [parse(Accelerator, one) for one in values]  # type: ignore[type-abstract,unused-ignore]
+        except ValueError as error:
+            raise RequestError(
+                "accelerators", list(values), f"known and within their limits: {error}"
+            ) from None
+    names = [one.name for one in values]
+    if len(set(names)) < len(names):
+        raise RequestError("accelerators", names, "named at most once each")
+    return tuple(values)
+
+
+def _checked(one: Knob, value: Any) -> Any:
+    try:
+        return one.check("request", value)
+    except ValueError:
+        raise RequestError(one.name, value, one.allowed()) from None
+
+
+def _check_text(field: str, value: str, length: int, *, empty: bool) -> None:
+    if not value.strip():
+        if value or not empty:
+            raise RequestError(field, value, f"text of 1 to {length} characters")
+        return
+    if len(value) > length:
+        raise RequestError(field, value, f"text of at most {length} characters, not {len(value)}")
+    for letter in value:
+        if letter not in "\n\r\t" and unicodedata.category(letter) in ("Cc", "Cs"):
+            raise RequestError(field, value, f"readable text, without the character U+{ord(letter):04X}")
+    if not any(unicodedata.category(letter)[0] in "LNSP" for letter in value):
+        raise RequestError(field, value, "text with at least one letter, number or sign")
