@@ -13,11 +13,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from dit.embeddings import Rotary, rotate
+from dit.layers import HeadNorm
+from dit.ledger import macs_of
+
+_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, processor: Any = None) -> Tensor:
@@ -50,7 +55,7 @@ class JointProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = attn.project(hidden_states)
         text = 0
         if encoder_hidden_states is not None:
@@ -63,10 +68,8 @@ class JointProcessor:
             skipped = k.shape[1] - q.shape[1]
             q = rotate(q, (image_rotary_emb[0][skipped:], image_rotary_emb[1][skipped:]))
         out = attend(q, k, v, attention_mask, processor=self).flatten(2).to(hidden_states.dtype)
-        if encoder_hidden_states is None:
+        if encoder_hidden_states is None or attn.context_pre_only:
             return attn.project_out(out)
-        if attn.context_pre_only:
-            return attn.project_out(out), None
         out_text, out_image = out.split_with_sizes([text, out.shape[1] - text], dim=1)
         return attn.project_out(out_image), attn.to_add_out(out_text)
 
@@ -105,7 +108,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.is_cross_attention = False
 
         def norm() -> nn.Module:
-            return nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+            return HeadNorm(self.head_dim) if qk_norm else nn.Identity()
 
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=bias) for _ in range(3))
         self.norm_q, self.norm_k = norm(), norm()
@@ -128,13 +131,14 @@ class Attention(nn.Module, AttentionModuleMixin):
         image_rotary_emb: Rotary | None = None,
         **kwargs: Any,
     ) -> Any:
-        """[B, N, D] (and text [B, L, D]) -> [B, N, D], or the pair (image, text); text is None where it is pre-only."""
+        """[B, N, D] (and text [B, L, D]) -> [B, N, D], or the pair (image, text) unless the text is pre-only."""
         return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> queries, keys, values [B, N, K, head size], normalised."""
         q, k, v = self.to_qkv(x).chunk(3, dim=-1) if self.fused_projections else (self.to_q(x), self.to_k(x), self.to_v(x))
-        return self.norm_q(self._split(q)), self.norm_k(self._split(k)), self._split(v)
+        q, k, v = self._split(q), self._split(k), self._split(v)
+        return self.norm_q(q), self.norm_k(k), v
 
     def project_added(self, text: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """[B, L, D] -> the text stream's queries (None where it is pre-only), keys and values, normalised."""
@@ -144,13 +148,36 @@ class Attention(nn.Module, AttentionModuleMixin):
         else:
             q = None if self.context_pre_only else self.add_q_proj(text)
             k, v = self.add_k_proj(text), self.add_v_proj(text)
+        k, v = self._split(k), self._split(v)
         queries = None if q is None else self.norm_added_q(self._split(q))
-        return queries, self.norm_added_k(self._split(k)), self._split(v)
+        return queries, self.norm_added_k(k), v
 
     def project_out(self, x: Tensor) -> Tensor:
         """The output map of the image stream; the identity in a pre-only (parallel) block."""
         out: Tensor = x if self.pre_only else self.to_out[1](self.to_out[0](x))
         return out
 
+    def macs(self, rows: int, text: int = 0) -> int:
+        """Return the multiply-accumulates for `rows` tokens and, in joint attention, `text` text tokens."""
+        image = [self.to_q, self.to_k, self.to_v] + ([] if self.pre_only else [self.to_out])
+        added = [getattr(self, name) for name in _ADDED if hasattr(self, name)] if self.joint else []
+        queries = rows + (text if self.joint and not self.context_pre_only else 0)
+        keys = rows + (text if self.joint else 0)
+        linear = sum(macs_of(one, rows) for one in image) + sum(macs_of(one, text) for one in added)
+        return linear + 2 * queries * keys * self.inner_dim
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+
+def _skipped(
+    attn: Attention, hidden_states: Tensor, *_: Any, encoder_hidden_states: Tensor | None = None, **__: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What an attention returns where diffusers' layer skip leaves it out: its inputs."""
+    if encoder_hidden_states is None or attn.context_pre_only:
+        return hidden_states
+    return hidden_states, encoder_hidden_states
+
+
+# Not by `register`, which first imports many transformers; diffusers does that when it looks something up.
+AttentionProcessorRegistry._registry[JointProcessor] = AttentionProcessorMetadata(skip_processor_output_fn=_skipped)

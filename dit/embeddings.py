@@ -20,8 +20,9 @@ Rotary = tuple[Tensor, Tensor]
 def sincos_1d(width: int, positions: Tensor, base: float = 10000.0) -> Tensor:
     """Return [N, width]: sines, then cosines, of `positions` [N] at `width / 2` geometric frequencies."""
     half = width // 2
-    freqs = base ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
-    angles = positions.to(torch.float64)[:, None] * freqs
+    kind = torch.float32 if positions.device.type == "mps" else torch.float64
+    freqs = base ** (-torch.arange(half, dtype=kind, device=positions.device) / half)
+    angles = positions.to(kind)[:, None] * freqs
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

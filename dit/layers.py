@@ -14,6 +14,17 @@ class PlainNorm(nn.LayerNorm):
         super().__init__(width, elementwise_affine=False, eps=1e-6)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS norm of queries or keys, eps 1e-6, computed in its weights' dtype: casting by layers leaves norms in theirs."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., head size] -> the same, in the dtype that came in."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class PatchEmbed(nn.Module):
     """Picture -> tokens by one linear map of each patch (the released models' strided convolution, reshaped)."""
 
@@ -42,4 +53,5 @@ class PatchOut(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid, *, frames: bool = False) -> Tensor:
         """[B, N, D] -> [B, C, H, W], or [B, C, F, H, W] when `frames`."""
-        return unpatchify(self.proj(tokens), grid, self.patch, frames=frames)
+        # under layerwise casting diffusers keeps a layer called proj_out in its own dtype
+        return unpatchify(self.proj(tokens.to(self.proj.weight.dtype)), grid, self.patch, frames=frames)

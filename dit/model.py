@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -79,3 +80,16 @@ def register_specs(init: Init) -> Init:
         registered(self, **{k: v.to_dict() if isinstance(v, Spec) else v for k, v in given.items()})
 
     return wrapper  # type: ignore[return-value]
+
+
+def register_block(block: type[nn.Module], *, hidden_states: int, encoder_hidden_states: int | None = None) -> None:
+    """Tell diffusers' caches at which places of its output a block returns its streams (0 and None: a bare tensor).
+
+    Not by `TransformerBlockRegistry.register`, which first imports thirty transformers; diffusers does that when a cache is
+    switched on.
+    """
+    metadata = TransformerBlockMetadata(
+        return_hidden_states_index=hidden_states, return_encoder_hidden_states_index=encoder_hidden_states
+    )
+    metadata._cls = block
+    TransformerBlockRegistry._registry[block] = metadata

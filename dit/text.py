@@ -64,12 +64,18 @@ def find_minilm() -> Path:
 def load_minilm(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Return (tokenizer, text encoder) of all-MiniLM-L6-v2, the encoder in evaluation mode without gradients."""
     from transformers import AutoTokenizer, BertModel
+    from transformers.utils import logging
 
     folder = find_minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoder = BertModel.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, add_pooling_layer=False, use_safetensors=True
-    )
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # the pooler's two unused tensors are no news
+    try:
+        encoder = BertModel.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, add_pooling_layer=False, use_safetensors=True
+        )
+    finally:
+        logging.set_verbosity(told)
     return tokenizer, encoder.eval().requires_grad_(False)
 
 

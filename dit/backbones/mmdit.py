@@ -8,10 +8,11 @@ predict the clean picture (Back to Basics, Li and He 2025, arXiv:2511.13720) and
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from dit.embeddings import PooledProjection, Rotary, TimeEmbedding, rotary, sinc
 from dit.experts.dense import Experts
 from dit.grid import Grid
 from dit.layers import PatchEmbed, PatchOut, PlainNorm
-from dit.model import Backbone, register_specs
+from dit.ledger import Part, part
+from dit.model import Backbone, register_block, register_specs
 from dit.modulation import Modulation, modulate
 from dit.spec import parse
 
@@ -66,13 +68,14 @@ class DualBlock(nn.Module):
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(temb)
         text_temb = temb if temb.dim() == 2 else temb.mean(dim=1)
         text = self.modulation_context(text_temb)
-        attended, attended_text = self.attn(
+        attended = self.attn(
             hidden_states=modulate(self.norm1(hidden_states), shift, scale),
             encoder_hidden_states=modulate(self.norm1_context(encoder_hidden_states), text[0], text[1]),
             attention_mask=attention_mask,
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
         )
+        attended, attended_text = (attended, None) if self.pre_only else attended
         hidden_states = hidden_states + gate * attended
         hidden_states = hidden_states + gate_ff * self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
         if not self.pre_only:
@@ -247,6 +250,26 @@ class MMDiT(Backbone):
         output = self._velocity(output, hidden_states, timestep)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
+    def costs(self, grid: Grid, text: int = 0) -> Iterator[Part]:
+        """Yield the analytic cost of every part for one picture of `grid` and a prompt of `text` tokens."""
+        yield part(self, "x_embedder", "embed", grid.tokens)
+        yield part(self, "context_embedder", "embed", text)
+        for name in ("time_embed", "guidance_embed", "text_embed"):
+            if getattr(self, name) is not None:
+                yield part(self, name, "embed", 1)
+        for i, dual in enumerate(self.transformer_blocks):
+            path = f"transformer_blocks.{i}"
+            yield part(self, f"{path}.modulation", "modulation", 1)
+            yield part(self, f"{path}.modulation_context", "modulation", 1)
+            yield part(self, f"{path}.attn", "attention", grid.tokens, text)
+            yield part(self, f"{path}.ff", "mlp", grid.tokens)
+            if not dual.pre_only:
+                yield part(self, f"{path}.ff_context", "mlp", text)
+        for i in range(len(self.single_transformer_blocks)):
+            yield from _single_costs(self, f"single_transformer_blocks.{i}", grid.tokens + text)
+        yield part(self, "modulation_out", "modulation", 1)
+        yield part(self, "proj_out", "embed", grid.tokens)
+
     def _conditioning(self, timestep: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
         temb: Tensor = self.time_embed(timestep, dtype)
         parts: list[Tensor] = []
@@ -258,8 +281,8 @@ class MMDiT(Backbone):
             if pooled is None:
                 raise ValueError("this model has a pooled path: pass pooled_projections [B, pooled_dim]")
             parts.append(self.text_embed(pooled.to(dtype)))
-        for part in parts:
-            temb = temb + (part if temb.dim() == 2 else part.unsqueeze(1))
+        for one in parts:
+            temb = temb + (one if temb.dim() == 2 else one.unsqueeze(1))
         return temb
 
     def _rotary(self, grid: Grid, text: int, device: torch.device) -> Rotary | None:
@@ -278,6 +301,25 @@ class MMDiT(Backbone):
         else:
             noise_level = noise_level.reshape(-1, 1, 1, 1)
         return (noisy - output.to(noisy.dtype)) / noise_level.clamp_min(SMALLEST_NOISE)
+
+
+def _single_costs(model: MMDiT, path: str, rows: int) -> Iterator[Part]:
+    """The costs of a single-stream block; its map out is shared by attention and perceptron, and so is its cost."""
+    yield part(model, f"{path}.modulation", "modulation", 1)
+    yield part(model, f"{path}.attn", "attention", rows)
+    yield part(model, f"{path}.proj_mlp", "mlp", rows)
+    both = part(model, f"{path}.proj_out", "mlp", rows)
+    width = int(model.config.width)
+    square = dataclasses.replace(
+        both, kind="attention", macs=rows * width * width, parameters=width * width, activated=width * width
+    )
+    yield square
+    yield dataclasses.replace(
+        both,
+        macs=both.macs - square.macs,
+        parameters=both.parameters - square.parameters,
+        activated=both.activated - square.activated,
+    )
 
 
 SMALLEST_NOISE = 1e-3
@@ -310,7 +352,4 @@ def _joint_mask(text: Tensor | None, tokens: int) -> Tensor | None:
 
 
 for _block in (DualBlock, SingleBlock):
-    TransformerBlockRegistry.register(
-        model_class=_block,
-        metadata=TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0),
-    )
+    register_block(_block, hidden_states=1, encoder_hidden_states=0)

@@ -1,0 +1,76 @@
+"""Names for sizes: `build("dit-xl/2")` gives the network of the papers, untrained.
+
+Paper: Scalable Diffusion Models with Transformers, Peebles and Xie 2023, arXiv:2212.09748; SiT, Ma et al. 2024,
+arXiv:2401.08740; Stable Diffusion 3, Esser et al. 2024, arXiv:2403.03206; FLUX.1, Black Forest Labs 2024.
+Differs: the mmdit-* presets have the sizes of SD3, SD3.5 and FLUX.1, not their weights: for those use diffusers' own classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+# depth, width, heads; the sample size is that of 256 px pictures behind a codec that divides sides by 8
+_DIT_SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+
+_SD3 = {
+    "in_channels": 16, "patch_size": 2, "sample_size": 128, "context_dim": 4096, "pooled_dim": 2048, "single_depth": 0,
+    "position": "sincos",
+}  # fmt: skip
+
+
+def _dit(family: str, size: str, patch: int) -> dict[str, Any]:
+    depth, width, heads = _DIT_SIZES[size]
+    return {
+        "backbone": "dit", "in_channels": 4, "sample_size": 32, "patch_size": patch, "depth": depth, "width": width,
+        "heads": heads, "num_classes": 1000, "learn_sigma": True, "convention": {"dit": "ddpm", "sit": "sit"}[family],
+    }  # fmt: skip
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    f"{family}-{size}/{patch}": _dit(family, size, patch)
+    for family in ("dit", "sit")
+    for size in _DIT_SIZES
+    for patch in (2, 4, 8)
+} | {
+    "mmdit-sd3": _SD3 | {"backbone": "mmdit", "width": 1536, "heads": 24, "dual_depth": 24, "qk_norm": False},
+    "mmdit-sd3.5-l": _SD3 | {"backbone": "mmdit", "width": 2432, "heads": 38, "dual_depth": 38, "qk_norm": True},
+    "mmdit-flux": {
+        "backbone": "mmdit", "in_channels": 16, "patch_size": 2, "sample_size": 128, "width": 3072, "heads": 24,
+        "dual_depth": 19, "single_depth": 38, "context_dim": 4096, "pooled_dim": 768, "qk_norm": True, "position": "rope",
+        "rope_axes": (16, 56, 56), "guidance_embeds": True,
+    },
+    "emoji": {
+        "backbone": "mmdit", "in_channels": 3, "patch_size": 4, "sample_size": 32, "width": 256, "heads": 4,
+        "dual_depth": 4, "single_depth": 6, "context_dim": 384, "pooled_dim": 384, "qk_norm": True, "position": "both",
+        "rope_theta": 100.0, "prediction_type": "sample",
+    },
+}  # fmt: skip
+"""Preset name -> `backbone` (the module of `dit.backbones`) and the arguments of its class."""
+
+_CLASSES = {"dit": "DiT", "mmdit": "MMDiT"}
+
+
+def settings(name: str) -> dict[str, Any]:
+    """Return a copy of a preset's settings, `backbone` among them. Raises: ValueError naming the nearest preset."""
+    key = name.lower()
+    if key not in PRESETS:
+        close = difflib.get_close_matches(key, list(PRESETS), n=1, cutoff=0.0)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"unknown preset {name!r}{hint}; there are: {', '.join(PRESETS)}")
+    return dict(PRESETS[key])
+
+
+def build(name: str, **changes: Any) -> Any:
+    """Return the untrained network of a preset, with some settings changed; under `torch.device("meta")` without memory.
+
+    Raises: ValueError for an unknown preset, naming the nearest one, or for changes that do not fit.
+    """
+    chosen = settings(name)
+    backbone = chosen.pop("backbone")
+    cls = getattr(importlib.import_module(f"dit.backbones.{backbone}"), _CLASSES[backbone])
+    unknown = sorted(set(changes) - set(cls._get_init_keys(cls)))
+    if unknown:
+        raise ValueError(f"{name}: {cls.__name__} has no setting {unknown[0]!r}")
+    return cls(**(chosen | changes))
