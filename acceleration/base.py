@@ -1,0 +1,343 @@
+"""Attach training-free accelerators to a transformer for the length of a with-block, and report what they did.
+
+The state of a run lives in `Run`, keyed by guidance branch, and dies with the block. Methods get at a transformer by
+`dit.seams` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from dit import seams
+from dit.seams import Block, Blocks, Clock, Moment
+from dit.spec import Spec
+
+T = TypeVar("T")
+
+
+class Refused(ValueError):
+    """A transformer or a combination of methods that cannot work, in words."""
+
+
+class Untouched(RuntimeError):
+    """A method that should have saved something and did not, in words."""
+
+
+class Accelerator(Spec):
+    """The family of methods that spend less without weights of their own.
+
+    `seam` names what a method decides about; two methods that decide about the same thing are refused together.
+    """
+
+    __slots__ = ()
+    seam: ClassVar[str] = ""
+
+    @property
+    def neutral(self) -> bool:
+        """Whether these settings change nothing."""
+        return False
+
+    def refuses(self, transformer: nn.Module) -> str | None:
+        """Return in words why this method cannot serve the transformer, or None if it can."""
+        return None
+
+    def attached(self, transformer: nn.Module, run: Run) -> AbstractContextManager[None]:
+        """Take hold of the transformer until the end of the context."""
+        raise NotImplementedError(f"{type(self).__name__}.attached")
+
+    def effect(self, run: Run) -> str:
+        """Say in words what took effect in a run."""
+        return f"{self.name}: attached"
+
+    def untouched(self, run: Run) -> str | None:
+        """Return in words why this method had no effect although it should have had one, or None."""
+        return None
+
+
+class Control(Protocol):
+    """What decides about the blocks of each call: it sees the call begin, every block, and the call end."""
+
+    def started(self, call: Call) -> bool:
+        """Decide about a call; False leaves all its blocks alone."""
+
+    def visited(
+        self,
+        call: Call,
+        place: int,
+        block: Block,
+        inner: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Answer for the block at this place of the call (from 0), by `call.compute(...)` or otherwise."""
+
+    def finished(self, call: Call, failed: bool) -> None:
+        """Keep or drop what the call has recorded."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One forward of the transformer: when it is, and what became of each block (C computed, R reused, F forecast)."""
+
+    run: Run
+    moment: Moment
+    given: Mapping[str, Any]
+    states: list[str] = field(default_factory=list)
+
+    def compute(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a block after all."""
+        self.states.append("C")
+        return inner(*args, **kwargs)
+
+    def state(self, owner: object, make: Callable[[], T]) -> T:
+        """Return the owner's state for this branch and evaluation; a new one if shapes, types or flags have changed."""
+        return self.run._state(self, owner, make)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """What was asked for and what took effect; counts are calls of blocks.
+
+    `cells` holds one entry a call: run, branch, step, evaluation, and one letter a block (C, R, F).
+    `bytes` is the most that was stored for reuse at one time.
+    """
+
+    requested: list[dict[str, Any]]
+    effective: list[str]
+    steps: int
+    calls: int
+    blocks: int
+    computed: int
+    reused: int
+    forecast: int
+    bytes: int
+    notes: list[str]
+    cells: list[dict[str, Any]]
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of block calls that were computed."""
+        return self.computed / max(1, self.computed + self.reused + self.forecast)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self) | {"fraction": self.fraction}
+
+    def summary(self) -> str:
+        """Return the report in one line."""
+        total = self.computed + self.reused + self.forecast
+        what = "; ".join(self.effective) or "exact"
+        return f"{what} - {self.computed} of {total} block calls computed ({self.fraction:.0%}) in {self.calls} calls"
+
+
+class Run:
+    """One with-block: its clock, its tally, and the state of its methods for each guidance branch."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        methods: tuple[Accelerator, ...],
+        steps: int | None,
+        calls_per_step: int | None,
+    ) -> None:
+        self.transformer, self.methods = transformer, methods
+        self.blocks: Blocks = seams.blocks_of(transformer)
+        self.clock = Clock(steps, calls_per_step)
+        self.call: Call | None = None
+        self.tally = dict.fromkeys("CRF", 0)
+        self.cells: list[dict[str, Any]] = []
+        self.wanted: dict[str, int] = {}  # calls in which a method's schedule asked it to save something
+        self.unknown = 0  # calls whose step could not be told
+        self.notes: list[str] = []
+        self.most_bytes = 0
+        self._control: Control | None = None
+        self._active = False
+        self._generation = 0
+        self._steps_seen = 0
+        self._kept: dict[tuple[int, str, int], tuple[Any, Any]] = {}
+
+    def begin(self, steps: int | None = None) -> None:
+        """Start a new run of `steps` denoising steps: nothing of an earlier one is used again."""
+        self.clock.begin(steps)
+
+    def note(self, words: str) -> None:
+        """Put a remark into the report, once however often it is made."""
+        if words not in self.notes:
+            self.notes.append(words)
+
+    @property
+    def saw_blocks(self) -> bool:
+        """Whether any call has reached a block."""
+        return any(cell["states"] for cell in self.cells)
+
+    @contextmanager
+    def controlled_by(self, control: Control) -> Iterator[None]:
+        """Let `control` decide about the blocks of every call inside."""
+        if self._control is not None:
+            raise Refused("two methods would decide which blocks are computed; choose one of them")
+        self._control = control
+        try:
+            with seams.around_blocks(self.blocks, self._visit):
+                yield
+        finally:
+            self._control = None
+
+    def weigh(self, bytes_of: Callable[[Any], int]) -> None:
+        """Measure what is stored for reuse now."""
+        self.most_bytes = max(self.most_bytes, sum(bytes_of(state) for _, state in self._kept.values()))
+
+    def report(self) -> RunReport:
+        """Return what was requested and what took effect so far."""
+        longest = max((len(cell["states"]) for cell in self.cells), default=len(self.blocks))
+        return RunReport(
+            requested=[method.to_dict() for method in self.methods],
+            effective=[method.effect(self) for method in self.methods],
+            steps=self._steps_seen,
+            calls=len(self.cells),
+            blocks=longest,
+            computed=self.tally["C"],
+            reused=self.tally["R"],
+            forecast=self.tally["F"],
+            bytes=self.most_bytes,
+            notes=list(self.notes),
+            cells=[dict(cell) for cell in self.cells],
+        )
+
+    def _enter(self, given: dict[str, Any]) -> None:
+        moment = self.clock.tick(seams.timestep_of(given), seams.prompt_of(given))
+        if moment.run != self._generation:
+            self._kept.clear()
+            self._generation = moment.run
+        if not moment.known:
+            self.unknown += 1
+            self.note(
+                "calls whose step could not be told were computed in full; give steps= and calls_per_step="
+            )
+        self.call = Call(self, moment, given)
+        recomputed = torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False)
+        self._active = False
+        if self._control is not None and moment.known and not recomputed:
+            self._active = self._control.started(self.call)
+
+    def _leave(self, failed: bool) -> None:
+        call, self.call = self.call, None
+        if call is None:
+            return
+        if self._active and self._control is not None:
+            self._control.finished(call, failed)
+        for state in call.states:
+            self.tally[state] += 1
+        moment = call.moment
+        earlier = [(cell["run"], cell["step"]) for cell in self.cells[-1:]]
+        self._steps_seen += (moment.run, moment.step) not in earlier
+        self.cells.append({
+            "run": moment.run, "branch": moment.branch, "step": moment.step, "evaluation": moment.evaluation,
+            "states": "".join(call.states),
+        })  # fmt: skip
+
+    def _visit(
+        self, block: Block, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        call = self.call
+        if call is None:  # the block is used by itself, or recomputed in a backward pass
+            return inner(*args, **kwargs)
+        if not self._active or self._control is None:
+            return call.compute(inner, args, kwargs)
+        return self._control.visited(call, len(call.states), block, inner, args, kwargs)
+
+    def _state(self, call: Call, owner: object, make: Callable[[], T]) -> T:
+        key = (id(owner), call.moment.branch, call.moment.evaluation)
+        fingerprint = seams.fingerprint(call.given)
+        kept = self._kept.get(key)
+        if kept is None or kept[0] != fingerprint:
+            kept = self._kept[key] = (fingerprint, make())
+        return kept[1]
+
+
+@contextmanager
+def accelerated(
+    transformer: nn.Module, *methods: Accelerator, steps: int | None = None, calls_per_step: int | None = None
+) -> Iterator[Run]:
+    """Accelerate every forward of a diffusers-like transformer inside the block.
+
+    Args:
+        steps: denoising steps of a run, where the pipeline does not announce them (`dit.seams.announce`).
+        calls_per_step: forwards for each timestep; only needed where guidance branches cannot be told apart.
+
+    Raises:
+        Refused: at entry, if a method cannot serve this transformer or the methods do not go together.
+        Untouched: at the end, if a method should have saved something and did not.
+    """
+    for name, value in (("steps", steps), ("calls_per_step", calls_per_step)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise Refused(f"{name} must be a whole number of at least 1, got {value!r}")
+    reason = refusal(transformer, *methods)
+    if reason is not None:
+        raise Refused(reason)
+    run = Run(transformer, methods, steps, calls_per_step)
+    with ExitStack() as stack:
+        stack.enter_context(seams.patched(transformer, seams.RUN, run))
+        stack.enter_context(seams.named_contexts(transformer, run.clock))
+        stack.enter_context(seams.around_calls(transformer, run._enter, run._leave))
+        for method in methods:
+            stack.enter_context(method.attached(transformer, run))
+        if run._control is None:
+            stack.enter_context(run.controlled_by(_Watching()))
+        yield run
+    run._kept.clear()
+    for method in methods if run.cells else ():
+        words = method.untouched(run)
+        if words is not None:
+            raise Untouched(f"{method.name} had no effect on {type(transformer).__name__}: {words}")
+
+
+def refusal(transformer: Any, *methods: Any) -> str | None:
+    """Return in words why `accelerated(transformer, *methods)` would refuse, or None if it would not."""
+    who = type(transformer).__name__
+    if not isinstance(transformer, nn.Module):
+        return f"accelerated() takes a transformer (torch.nn.Module), got {who}"
+    if any(not isinstance(method, Accelerator) for method in methods):
+        strange = next(type(method).__name__ for method in methods if not isinstance(method, Accelerator))
+        return f"accelerated() takes accelerators such as DeltaCache(), got {strange}"
+    if transformer.__dict__.get(seams.RUN) is not None:
+        return f"{who} is already accelerated: end that with-block first, or give all methods to one accelerated()"
+    if transformer._compiled_call_impl is not None or hasattr(transformer, "_orig_mod"):
+        return f"{who} is compiled as a whole, so no block can be left out; use compile_repeated_blocks() instead"
+    seen: dict[str, str] = {}
+    for method in methods:
+        if method.seam and method.seam in seen:
+            return (
+                f"{seen[method.seam]} and {method.name} both decide about {method.seam}; choose one of them"
+            )
+        seen[method.seam] = method.name
+        words = method.refuses(transformer)
+        if words is not None:
+            return f"{method.name}: {words}"
+    return None
+
+
+class _Watching:
+    """Decide nothing: every block is computed and counted."""
+
+    def started(self, call: Call) -> bool:
+        return False
+
+    def visited(
+        self,
+        call: Call,
+        place: int,
+        block: Block,
+        inner: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        return call.compute(inner, args, kwargs)
+
+    def finished(self, call: Call, failed: bool) -> None:
+        return None
