@@ -44,18 +44,29 @@ SHEET = (
 class Batches:
     """Latents, and the encoded wordings of each of their pictures, on one device."""
 
+    pixels: Tensor
     latents: Tensor
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
     choices: Tensor
 
-    def draw(self, count: int, drop: float, dice: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return `count` random pictures and a wording of each; index 0 of the wordings is the empty prompt."""
+    def draw(
+        self, count: int, drop: float, dice: torch.Generator, shift: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return `count` random pictures, moved by up to `shift` px, and a wording of each; wording 0 is the empty prompt."""
         pick = torch.randint(len(self.latents), (count,), generator=dice)
         which = self.choices[pick, torch.randint(self.choices.shape[1], (count,), generator=dice)]
         which = torch.where(torch.rand(count, generator=dice) < drop, 0, which)
-        return self.latents[pick.to(self.latents.device)], self.prompts(which)
+        if not shift:
+            return self.latents[pick.to(self.latents.device)], self.prompts(which)
+        moves = torch.randint(2 * shift + 1, (count, 2), generator=dice).tolist()
+        side = self.pixels.shape[-1]
+        padded = torch.nn.functional.pad(self.pixels[pick], (shift,) * 4, value=255)
+        moved = torch.stack(
+            [one[:, y : y + side, x : x + side] for one, (y, x) in zip(padded, moves, strict=True)]
+        )
+        return latents_of(moved, side // self.latents.shape[-1]).to(self.latents.device), self.prompts(which)
 
     def prompts(self, which: Tensor) -> dict[str, Tensor]:
         """Return the model's inputs for wordings by index."""
@@ -70,7 +81,7 @@ class Batches:
 def prepare(pictures: Pictures, recipe: dict[str, Any], device: torch.device) -> Batches:
     """Average pictures down to latents and encode every wording once."""
     scale, data = recipe["codec"]["scale"], recipe["data"]
-    latents = torch.nn.functional.avg_pool2d(pictures.pixels.float() / 127.5 - 1, scale)
+    latents = latents_of(pictures.pixels, scale)
     dice = random.Random(recipe["run"]["seed"])
     texts, choices = {"": 0}, []
     for row in pictures.rows:
@@ -82,7 +93,13 @@ def prepare(pictures: Pictures, recipe: dict[str, Any], device: torch.device) ->
         encode(tokenizer, encoder, list(texts)[i : i + 256], length=data["text_tokens"]) for i in range(0, len(texts), 256)
     ]
     joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask", "pooled")]
-    return Batches(latents.to(device), joined[0].bfloat16(), joined[1], joined[2], torch.tensor(choices))
+    rest = (joined[0].bfloat16(), joined[1], joined[2], torch.tensor(choices))
+    return Batches(pictures.pixels, latents.to(device), *rest)
+
+
+def latents_of(pixels: Tensor, scale: int) -> Tensor:
+    """Pictures uint8 [n, 3, H, W] -> latents [n, 3, H / scale, W / scale] in -1..1, by area average."""
+    return torch.nn.functional.avg_pool2d(pixels.float() / 127.5 - 1, scale)
 
 
 class Trainer:
@@ -102,7 +119,7 @@ class Trainer:
         self.model = model.to(getattr(torch, run["precision"]))
         if run["compile"]:
             self.model.compile_repeated_blocks()
-        self.objective = FlowMatching(**recipe["objective"])
+        self.objective, self.shift = FlowMatching(**recipe["objective"]), recipe["data"].get("shift", 0)
         self.dice = torch.Generator().manual_seed(run["seed"] + self.accelerator.process_index)
         self.seen, self.spent = 0, 0.0
         self.log: list[dict[str, float]] = []
@@ -120,7 +137,8 @@ class Trainer:
         self.held = prepare(pictures.only([r["split"] == "val_pair" for r in pictures.rows]), self.recipe, self.device)
         tokenizer, encoder = load_minilm()
         prompts = encode(tokenizer, encoder, ["", *SHEET], length=self.recipe["data"]["text_tokens"])
-        self.sheet = Batches(self.train.latents[:1], prompts.tokens, prompts.mask, prompts.pooled, torch.zeros(1, 1))
+        first = (self.train.pixels[:1], self.train.latents[:1])
+        self.sheet = Batches(*first, prompts.tokens, prompts.mask, prompts.pooled, torch.zeros(1, 1))
         print(f"{len(self.train.latents)} pictures to learn, {len(self.held.latents)} held out", file=sys.stderr)
 
     def progress(self) -> float:
@@ -139,14 +157,14 @@ class Trainer:
     def step(self) -> float:
         """One batch, one move of the weights; return the loss."""
         run = self.recipe["run"]
-        latents, prompts = self.train.draw(run["batch"], self.recipe["data"]["drop"], self.dice)
+        latents, prompts = self.train.draw(run["batch"], self.recipe["data"]["drop"], self.dice, self.shift)
         noise = torch.randn(latents.shape, generator=self.dice).to(self.device)
         times = self.objective.times(len(latents), self.dice).to(self.device)
         loss = self.objective.losses(self._denoiser(prompts), latents, noise, times).mean()
         self.accelerator.backward(loss)
         self.master.step(self.factor(), self.recipe["optimizer"]["clip"])
         self.seen += len(latents) * self.accelerator.num_processes
-        return float(loss)
+        return float(loss.detach())
 
     def run(self) -> None:
         """Train to the end of the schedule, saving on the way."""

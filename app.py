@@ -1,0 +1,99 @@
+"""The web page: `python app.py`. It is bound to this computer, and hands requests to the one path of `pipelines`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app_jobs import Jobs
+from app_serve import AddressError, Login, address, launch_options
+from pipelines import catalog, machine
+from pipelines.catalog import Card
+from pipelines.request import RequestError
+
+
+def cards_for(model: str | None) -> dict[str, Card]:
+    """Return the cards of the models to choose from, the one asked for first. Raises: RequestError if there is none."""
+    cards = catalog.shipped()
+    if model is not None and model not in cards:
+        source = catalog.find(model)
+        cards = {model: Card(name=model) if source.folder is None else catalog.prepare(source)[1]} | cards
+    if not cards:
+        raise RequestError(
+            "model", None, "given: none is shipped here; start with --model FOLDER, or a hub id"
+        )
+    return {model: cards.pop(model)} | cards if model else cards
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve the page until it is stopped; return an exit code."""
+    parser = argparse.ArgumentParser(prog="app.py", description="The web page of Leapfrog.")
+    parser.add_argument(
+        "--model", default=os.environ.get("LEAPFROG_MODEL"), help="a shipped name, a folder or a hub id"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), help="where pictures are saved (default: outputs)"
+    )
+    parser.add_argument("--host", help="address to bind to (default: this computer only)")
+    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    given = parser.parse_args(arguments)
+    for sentence in machine.strangers():
+        print(f"leapfrog: {sentence}", file=sys.stderr)
+        return 3
+    spaces, secret = bool(os.environ.get("SPACE_ID")), os.environ.get("LEAPFROG_AUTH")
+    try:
+        login = Login(secret) if secret else None
+        host = address(given.host or os.environ.get("GRADIO_SERVER_NAME"), login is not None, spaces)
+        cards = cards_for(given.model)
+    except (AddressError, RequestError, catalog.Unavailable) as error:
+        print(f"leapfrog: {error}", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory(prefix="leapfrog-") as served:
+        _private(served)
+        return _serve(cards, given, launch_options(host, given.port, login, spaces))
+
+
+def _private(folder: str) -> None:
+    """Set gradio's and the hub's switches before they are imported: a folder of our own, and no word to anybody."""
+    os.environ |= {
+        "GRADIO_TEMP_DIR": folder,
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def _serve(cards: Mapping[str, Card], given: argparse.Namespace, options: dict[str, Any]) -> int:
+    first = next(iter(cards))
+    jobs = Jobs(given.output.expanduser(), warm=lambda: catalog.load(first))
+    from app_page import Page
+    from app_style import CSS, SCRIPT, theme
+
+    page = Page(jobs, cards).build()
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        _, url, _ = page.launch(
+            prevent_thread_lock=True, inbrowser=given.open, theme=theme(), css=CSS, js=SCRIPT, **options
+        )
+    except OSError as error:
+        print(f"leapfrog: the page cannot be served ({error}); choose another --port", file=sys.stderr)
+        return 3
+    print(f"Leapfrog is at {url} (Ctrl+C stops it)", flush=True)
+    jobs.start()
+    stopped.wait()
+    jobs.close()
+    page.close(verbose=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

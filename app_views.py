@@ -1,0 +1,338 @@
+"""What the page shows of a job, as HTML and SVG: progress, report, timeline; and the same request as a command and as Python.
+
+Everything that came from outside goes through `safe`.
+"""
+
+from __future__ import annotations
+
+import html
+import shlex
+import time
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from pipelines.form import fields
+from pipelines.request import Request
+
+if TYPE_CHECKING:
+    from app_jobs import Job
+
+PHASES = {
+    "wait": "Waiting",
+    "load": "Loading the model",
+    "encode": "Reading the prompt",
+    "denoise": "Denoising",
+    "decode": "Decoding",
+    "save": "Saving",
+}
+COLOURS = {
+    "load": "#a8a29e",
+    "encode": "#0e7490",
+    "denoise": "#047857",
+    "decode": "#b45309",
+    "save": "#6d28d9",
+}
+STATES = {"C": "computed", "R": "reused", "F": "forecast"}
+SHOWN_ROWS = 200
+
+_TEMPLATE_SIGNS = str.maketrans({sign: f"&#{ord(sign)};" for sign in "{}$`@"})
+
+
+def safe(value: object) -> str:
+    """Return text for use in HTML; gradio's own template signs are written as entities too."""
+    return html.escape(str(value), quote=True).translate(_TEMPLATE_SIGNS)
+
+
+def masthead(title: str, summary: str) -> str:
+    """Return the head of the page."""
+    told = f" · {safe(summary)}" if summary else ""
+    return f'<div class="masthead"><h1>Leapfrog</h1><p>Model <b>{safe(title)}</b>{told}</p></div>'
+
+
+def trouble(words: str) -> str:
+    """Return a box with an error in plain words, or nothing."""
+    return f'<div class="trouble" role="alert">{safe(words)}</div>' if words else ""
+
+
+def empty() -> str:
+    """Return what stands where the picture will be."""
+    frog = (
+        '<svg viewBox="0 0 64 64" fill="none" stroke="currentColor" stroke-width="2.6" stroke-linecap="round" '
+        'stroke-linejoin="round" aria-hidden="true"><path d="M14 27a7.5 7.5 0 1 1 13-7q5-1.2 10 0a7.5 7.5 0 1 1 13 7"/>'
+        '<path d="M14 27C8 33 7 42 14 47q7 5 18 5t18-5c7-5 6-14 0-20"/><path d="M19 38q13 9 26 0"/>'
+        '<path d="M20.5 20.5v.5M43.5 20.5v.5" stroke-width="4"/></svg>'
+    )
+    return (
+        f'<div class="welcome">{frog}<h2>What shall it be?</h2>'
+        "<p>Write a prompt and press Generate, or start from one of these.</p></div>"
+    )
+
+
+def progress(job: Job, ahead: int = 0) -> str:
+    """Return the live line of a job: phase, step, time, and an estimate of what is left."""
+    now = job.progress
+    words, steps, share = PHASES.get(job.phase, job.phase), "", 0.0
+    if job.state == "waiting":
+        words = f"Waiting: {ahead} before yours" if ahead else "Starting"
+    elif job.cancel.is_set():
+        words = "Stopping after this step"
+    if now is not None and now.steps:
+        steps = f"step {now.step} of {now.steps}"
+        share = min(1.0, (now.picture + now.step / now.steps) / max(1, job.request.images))
+    if now is not None and job.request.images > 1:
+        steps = f"picture {now.picture + 1} of {job.request.images}" + (f", {steps}" if steps else "")
+    clock = f"{job.seconds:.1f} s{_left(job)}" if job.started else ""
+    busy = "" if share else " busy"
+    return (
+        f'<div class="pace"><div class="row"><span><b role="status">{safe(words)}</b> <span class="num">{steps}</span></span>'
+        f'<span class="num">{clock}</span></div><div class="bar{busy}" role="progressbar" aria-label="Progress" '
+        f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share * 100:.0f}"><i style="width:{share:.1%}"></i></div></div>'
+    )
+
+
+def _left(job: Job) -> str:
+    now, pace = job.progress, job.pace
+    if now is None or pace is None or now.phase != "denoise" or now.step - pace[0] < 2 or job.cancel.is_set():
+        return ""
+    each = (time.monotonic() - pace[1]) / (now.step - pace[0])
+    steps = now.steps - now.step + now.steps * (job.request.images - now.picture - 1)
+    return f" · about {max(1, round(each * steps))} s left" if each * steps > 1 else ""
+
+
+def ended(job: Job) -> str:
+    """Return what stands under the button once nothing more happens."""
+    if job.state == "cancelled":
+        return '<div class="pace" role="status">Stopped. Nothing was decoded or saved.</div>'
+    if job.state == "failed":
+        return trouble(job.error)
+    failures = job.report.get("failures", [])
+    warnings = [one for one in job.report.get("warnings", []) if one not in failures]
+    boxes = [trouble(f"Something is wrong with the result: {one}.") for one in failures]
+    boxes += [f'<div class="trouble caution" role="status">Note: {safe(one)}.</div>' for one in warnings]
+    return "".join(boxes)
+
+
+def report(job: Job) -> str:
+    """Return the run report: one line, the files, and the details to fold out."""
+    found, request = job.report, job.request
+    run, effective = found.get("run", {}), found.get("effective", {})
+    timings = {key: float(value) for key, value in found.get("timings", {}).items()}
+    peak = found.get("peak_memory_mb", {})
+    parts = [f"{sum(timings.values()):.1f} s", f"{effective.get('steps')} steps", _work(run, request)]
+    parts += [f"peak {peak['device'] / 1000:.1f} GB on the device"] if "device" in peak else []
+    size = f"{effective.get('width')} × {effective.get('height')} px"
+    files = ", ".join(path.name for path in job.paths)
+    pictures = f"first of {request.images} pictures" if request.images > 1 else "this picture"
+    return (
+        f'<div class="report"><p class="line">{safe(" · ".join(parts))}</p>'
+        f'<p class="files">{safe(files)} · {size}, lossless PNG with these settings inside · saved in {safe(job.folder)}</p>'
+        f"<details><summary>Run report</summary>{_phases(timings)}"
+        f"<h3>Where the work went, step by step ({pictures})</h3>{timeline(run)}"
+        f"{_compared(found, request)}{_steps(run)}{_rest(found)}</details>{_copies(request)}</div>"
+    )
+
+
+def _work(run: Mapping[str, Any], request: Request) -> str:
+    total = sum(run.get(name, 0) for name in STATES.values())
+    if not total:
+        return "exact" if not request.accelerators else "accelerated"
+    if not request.accelerators:
+        return f"exact: all {total} block calls computed"
+    saved = [f"{run[name]} {name}" for name in ("reused", "forecast") if run.get(name)]
+    return f"accelerated: {run.get('computed', 0)} of {total} block calls computed" + "".join(
+        f", {one}" for one in saved
+    )
+
+
+def _phases(timings: Mapping[str, float]) -> str:
+    total = sum(timings.values()) or 1.0
+    bars, keys = [], []
+    for name, seconds in timings.items():
+        colour = COLOURS.get(name, "#78716c")
+        bars.append(f'<i style="background:{colour};width:{seconds / total:.2%}"></i>')
+        keys.append(f'<span style="--c:{colour}">{safe(PHASES.get(name, name))} {seconds:.2f} s</span>')
+    return f'<h3>Time</h3><div class="phases" aria-hidden="true">{"".join(bars)}</div><div class="key">{"".join(keys)}</div>'
+
+
+def timeline(run: Mapping[str, Any]) -> str:
+    """Return an SVG of steps (across) and blocks (down), one band for each guidance branch; colours and patterns tell the states.
+
+    Equal neighbours of one step are one bar; `data-` attributes hold the counts.
+    """
+    cells = [cell for cell in run.get("cells", []) if cell.get("states")]
+    if not cells:
+        return '<p class="note">No blocks were counted in this run.</p>'
+    bands: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        bands.setdefault(str(cell.get("branch", "")), []).append(cell)
+    columns = max(map(len, bands.values()))
+    width = max(6.0, min(26.0, 560 / columns))
+    left, top, parts, counts = 52.0, 6.0, [], dict.fromkeys(STATES, 0)
+    for branch, band in bands.items():
+        blocks = max(len(cell["states"]) for cell in band)
+        height = max(3.0, min(16.0, 200 / blocks))
+        if len(bands) > 1:
+            parts.append(f'<text x="{left}" y="{top + 11}">{safe(branch)}</text>')
+            top += 17
+        for place, cell in enumerate(band):
+            parts.append(_column(cell, left + place * width, top, width, height))
+            for state in cell["states"]:
+                counts[state] = counts.get(state, 0) + 1
+        parts.append(f'<text x="0" y="{top + 10}">block 0</text>')
+        if blocks > 2:
+            parts.append(f'<text x="0" y="{top + blocks * height - 1:.1f}">block {blocks - 1}</text>')
+        top += blocks * height + 8
+    right = left + columns * width
+    parts.append(f'<text x="{left}" y="{top + 8}">step 1</text>')
+    if columns > 3:
+        parts.append(
+            f'<text x="{right:.1f}" y="{top + 8}" text-anchor="end">step {cells[-1]["step"] + 1}</text>'
+        )
+    return _drawing(right + 2, top + 14, parts, counts)
+
+
+def _column(cell: Mapping[str, Any], x: float, y: float, width: float, height: float) -> str:
+    bars, first = [], 0
+    gap, side = min(1.5, height / 4), width - min(1.5, width / 5)
+    for state, same in groupby(cell["states"]):
+        count = len(list(same))
+        where = f"blocks {first} to {first + count - 1}" if count > 1 else f"block {first}"
+        each = 1 if height > 4 else count  # thin rows are drawn as one bar
+        rectangles = "".join(
+            f'<rect class="{safe(state)}" x="{x:.1f}" y="{y + row * height:.1f}" width="{side:.1f}" '
+            f'height="{each * height - gap:.1f}" rx="1.5"/>'
+            for row in range(first, first + count, each)
+        )
+        about = f"step {cell['step'] + 1}, {where}: {STATES.get(state, state)}"
+        bars.append(f"<g><title>{safe(about)}</title>{rectangles}</g>")
+        first += count
+    return "".join(bars)
+
+
+def _drawing(width: float, height: float, parts: Iterable[str], counts: Mapping[str, int]) -> str:
+    told = ", ".join(f"{count} {STATES.get(state, state)}" for state, count in counts.items() if count)
+    data = " ".join(f'data-{STATES.get(state, "other")}="{count}"' for state, count in counts.items())
+    patterns = (
+        '<pattern id="reused" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<rect class="paper" width="5" height="5"/><line class="ink" y2="5" stroke-width="2.4"/></pattern>'
+        '<pattern id="forecast" width="5" height="5" patternUnits="userSpaceOnUse">'
+        '<rect class="pale" width="5" height="5"/><circle class="dots" cx="2.5" cy="2.5" r="1.3"/></pattern>'
+    )
+    legend = "".join(
+        f'<svg width="15" height="11" aria-hidden="true"><rect class="{state}" width="15" height="11" rx="2"/></svg>'
+        f"&nbsp;{count} {STATES[state]}&ensp; "
+        for state, count in counts.items()
+        if state in STATES and (count or state == "C")
+    )
+    return (
+        f'<svg class="timeline" viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width * 1.15:.0f}px" role="img" '
+        f'aria-label="Block calls by step: {told}" {data}><defs>{patterns}</defs>{"".join(parts)}</svg>'
+        f'<div class="timeline legend">{legend}</div>'
+    )
+
+
+def _compared(found: Mapping[str, Any], request: Request) -> str:
+    asked, took = dict(found.get("requested", {})), found.get("effective", {})
+    asked["accelerators"] = [str(one) for one in request.accelerators]
+    rows = []
+    for name in dict.fromkeys([*asked, *took]):
+        left, right = asked.get(name), took.get(name)
+        plain = left in (None, "auto", "default") or name not in took or _words(left) == _words(right)
+        differs = "" if plain else ' class="differs"'
+        default = "the model's own" if name in asked else "–"
+        rows.append(
+            f"<tr{differs}><th scope='row'>{safe(name.replace('_', ' '))}</th><td>{safe(_words(left) or default)}</td>"
+            f"<td>{safe(_words(right) or '–')}</td></tr>"
+        )
+    took_effect = found.get("run", {}).get("effective") or ["exact: nothing was left out"]
+    notes = "".join(f"<li>{safe(one)}</li>" for one in [*took_effect, *found.get("run", {}).get("notes", [])])
+    return (
+        f"<h3>Asked for, and what took effect</h3><ul>{notes}</ul><div class='scroll'><table><thead><tr><th></th>"
+        f"<th scope='col'>requested</th><th scope='col'>effective</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _steps(run: Mapping[str, Any]) -> str:
+    cells = [cell for cell in run.get("cells", []) if cell.get("states")]
+    if not cells:
+        return ""
+    rows = "".join(
+        f"<tr><td>{cell['step'] + 1}</td><td>{safe(cell.get('branch', ''))}</td>"
+        + "".join(f"<td>{cell['states'].count(state)}</td>" for state in STATES)
+        + "</tr>"
+        for cell in cells[:SHOWN_ROWS]
+    )
+    more = f"<p class='note'>and {len(cells) - SHOWN_ROWS} more calls</p>" if len(cells) > SHOWN_ROWS else ""
+    heads = "".join(f"<th scope='col'>{word}</th>" for word in ("step", "branch", *STATES.values()))
+    return (
+        f"<details><summary>Blocks in each step</summary><div class='scroll'><table><thead><tr>{heads}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>{more}</details>"
+    )
+
+
+def _rest(found: Mapping[str, Any]) -> str:
+    facts = {
+        "memory": ", ".join(
+            f"{name} {size / 1000:.2f} GB" for name, size in found.get("peak_memory_mb", {}).items()
+        ),
+        "weights": found.get("weights", ""),
+        "pixels": found.get("pixels", ""),
+        "versions": ", ".join(f"{name} {number}" for name, number in found.get("versions", {}).items()),
+    }
+    rows = "".join(
+        f"<tr><th scope='row'>{name}</th><td>{safe(value)}</td></tr>"
+        for name, value in facts.items()
+        if value
+    )
+    return f"<details><summary>Memory, digests and versions</summary><div class='scroll'><table>{rows}</table></div></details>"
+
+
+def _copies(request: Request) -> str:
+    blocks = "".join(
+        f'<h3>{name} <button type="button" class="copy" aria-label="Copy {name}">Copy</button></h3>'
+        f'<pre tabindex="0" aria-label="{name}">{safe(text)}</pre>'
+        for name, text in (("Command", command_of(request)), ("Python", python_of(request)))
+    )
+    return f"<details><summary>Copy as command or Python</summary>{blocks}</details>"
+
+
+def command_of(request: Request) -> str:
+    """Return the command that makes the same picture."""
+    from pipelines.cli import _FLAGS as FLAGS
+
+    words = ["leapfrog generate"]
+    words += [shlex.quote(request.prompt)] if request.prompt and not request.prompt.startswith("-") else []
+    for name, value in _changed(request).items():
+        flag, text = FLAGS.get(name, name).replace("_", "-"), str(value)
+        words.append(f"--{flag}{'=' if text.startswith('-') else ' '}{shlex.quote(text)}")
+    words += [f"--accelerate {shlex.quote(str(one))}" for one in request.accelerators]
+    words += [f"-- {shlex.quote(request.prompt)}"] if request.prompt.startswith("-") else []
+    return " ".join(words)
+
+
+def python_of(request: Request) -> str:
+    """Return the lines of Python that make the same picture."""
+    given = ({"prompt": request.prompt} if request.prompt else {}) | _changed(request)
+    lines = [f"    {name}={value!r}," for name, value in given.items()]
+    if request.accelerators:
+        lines.append(f"    accelerators={[str(one) for one in request.accelerators]!r},")
+    return "\n".join([
+        "from pipelines.generate import generate", "from pipelines.request import Request", "",
+        "result = generate(Request(", *lines, "))", "result.save()",
+    ])  # fmt: skip
+
+
+def _changed(request: Request) -> dict[str, Any]:
+    values = {one.name: (getattr(request, one.name), one.default) for one in fields(Request)}
+    return {
+        name: value
+        for name, (value, default) in values.items()
+        if name not in ("prompt", "accelerators") and (value != default or name in ("seed", "model"))
+    }

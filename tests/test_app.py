@@ -1,0 +1,646 @@
+"""The page without a browser: form, jobs, what is shown, how it is served."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import app
+import app_form as form
+import app_serve as serve
+import app_views as views
+from app_jobs import WAITING, Job, Jobs, QueueFull
+from pipelines.catalog import Card
+from pipelines.cli import _request, build_parser
+from pipelines.generate import Cancelled, Progress
+from pipelines.request import Request, RequestError
+
+ROOT = Path(__file__).resolve().parents[1]
+STYLES = ["3d render", "cartoon", "blob cartoon"]
+CARD = Card(
+    name="toy",
+    title="Toy",
+    summary="Things on white.",
+    width=64,
+    height=64,
+    multiple=8,
+    low=32,
+    high=128,
+    steps=20,
+    guidance=3.0,
+    more={"styles": {"a": STYLES[0], "b": STYLES[1], "c": STYLES[2]}, "examples": ["a dog, cartoon"], "concepts": ["cat", "dog"]},
+)  # fmt: skip
+RUN = {
+    "requested": [],
+    "effective": ["delta-cache: 1 of 3 calls reused blocks 1-2"],
+    "notes": [],
+    "computed": 10,
+    "reused": 2,
+    "forecast": 0,
+    "cells": [
+        {"run": 0, "branch": "cond", "step": 0, "evaluation": 0, "states": "CCCC"},
+        {"run": 0, "branch": "cond", "step": 1, "evaluation": 0, "states": "CRRC"},
+        {"run": 0, "branch": "cond", "step": 2, "evaluation": 0, "states": "CCCC"},
+    ],
+}
+
+
+class FakeResult:
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.report: dict[str, Any] = {
+            "run": RUN,
+            "timings": {"load": 0.1, "denoise": 1.0},
+            "effective": {"width": 64, "height": 64, "steps": 3, "model": "toy"},
+            "requested": {"model": "toy"},
+            "warnings": [],
+            "failures": [],
+            "peak_memory_mb": {"process": 800.0},
+            "versions": {"torch": "2"},
+        }
+
+    def save(self, folder: Path) -> list[Path]:
+        paths = [folder / f"{self.request.seed + i}.png" for i in range(self.request.images)]
+        for path in paths:
+            path.write_bytes(b"\x89PNG of " + path.name.encode())
+        return paths
+
+
+class Fake:
+    """Stand in for `generate`: each step waits for leave, and decoding is counted."""
+
+    def __init__(self, steps: int = 3) -> None:
+        self.steps, self.decoded, self.order = steps, 0, list[str]()
+        self.go, self.stepped = threading.Semaphore(0), threading.Event()
+
+    def __call__(self, request: Request, *, on_step: Callable[[Progress], object]) -> FakeResult:
+        self.order.append(request.prompt)
+        if request.prompt == "break":
+            raise RequestError("prompt", request.prompt, "<b>something</b> else")
+        if request.prompt == "explode":
+            raise KeyError("strange")
+        for step in range(1, self.steps + 1):
+            assert self.go.acquire(timeout=20)
+            self.stepped.set()
+            if on_step(Progress(step, self.steps, "denoise", 0.1 * step)) is False:
+                raise Cancelled("stopped")
+        self.decoded += 1
+        return FakeResult(request)
+
+
+@pytest.fixture
+def fake() -> Fake:
+    return Fake()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, fake: Fake) -> Iterator[Jobs]:
+    made = Jobs(tmp_path / "out", fake)
+    yield made
+    fake.go.release(1000)
+    made.close()
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def run(fake: Fake, job: Job) -> Job:
+    fake.go.release(fake.steps)
+    until(lambda: job.over)
+    return job
+
+
+# Importing
+
+
+def test_importing_the_page_is_light() -> None:
+    code = "import sys, app; print([m for m in ('torch', 'gradio', 'diffusers', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Jobs
+
+
+def test_a_job_reports_progress_and_ends_with_files(jobs: Jobs, fake: Fake) -> None:
+    job = jobs.submit(Request(prompt="dog", seed=7, images=2))
+    fake.go.release(1)
+    until(lambda: job.progress is not None)
+    assert job.state == "running"
+    assert job.progress is not None
+    assert job.progress.step == 1
+    run(fake, job)
+    assert job.state == "done"
+    assert [path.name for path in job.paths] == ["7.png", "8.png"]
+    assert job.report["run"] == RUN
+
+
+def test_cancelling_a_running_job_ends_it_within_a_step_and_never_decodes(jobs: Jobs, fake: Fake) -> None:
+    job = jobs.submit(Request(prompt="dog"))
+    fake.go.release(1)
+    until(lambda: job.progress is not None)
+    jobs.cancel(job.name)
+    fake.go.release(1)
+    until(lambda: job.over)
+    assert (job.state, fake.decoded, job.paths) == ("cancelled", 0, [])
+    assert not jobs.folder.exists()
+
+
+def test_cancelling_a_waiting_job_takes_it_out_of_the_queue(jobs: Jobs, fake: Fake) -> None:
+    first, second, third = (jobs.submit(Request(prompt=name)) for name in ("one", "two", "three"))
+    until(lambda: first.state == "running")
+    assert (jobs.ahead(second), jobs.ahead(third)) == (1, 2)
+    jobs.cancel(second.name)
+    assert second.state == "cancelled"
+    assert jobs.ahead(third) == 1
+    run(fake, first)
+    run(fake, third)
+    assert fake.order == ["one", "three"]
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("break", "<b>something</b> else"), ("explode", "KeyError")])
+def test_a_failing_job_does_not_stop_the_next(jobs: Jobs, fake: Fake, prompt: str, words: str) -> None:
+    bad = run(fake, jobs.submit(Request(prompt=prompt)))
+    assert bad.state == "failed"
+    assert words in bad.error
+    good = run(fake, jobs.submit(Request(prompt="dog")))
+    assert good.state == "done"
+
+
+def test_a_full_queue_says_so(jobs: Jobs) -> None:
+    running = jobs.submit(Request(prompt="first"))
+    until(lambda: running.state == "running")
+    for _ in range(WAITING):
+        jobs.submit(Request(prompt="more"))
+    with pytest.raises(QueueFull, match="waiting already"):
+        jobs.submit(Request(prompt="too many"))
+
+
+def test_closing_cancels_everything(jobs: Jobs, fake: Fake) -> None:
+    first, second = jobs.submit(Request(prompt="one")), jobs.submit(Request(prompt="two"))
+    until(lambda: first.state == "running")
+    fake.go.release(1)
+    jobs.close()
+    assert (first.state, second.state, fake.decoded) == ("cancelled", "cancelled", 0)
+    with pytest.raises(QueueFull):
+        jobs.submit(Request(prompt="three"))
+
+
+def test_names_of_jobs_cannot_be_guessed(jobs: Jobs) -> None:
+    names = {jobs.submit(Request(prompt="dog")).name for _ in range(5)}
+    assert len(names) == 5
+    assert min(map(len, names)) >= 20
+    assert jobs.get("") is None
+    assert jobs.cancel("nothing") is None
+
+
+def test_warming_up_comes_first_and_may_fail(tmp_path: Path, fake: Fake) -> None:
+    seen = []
+
+    def warm() -> None:
+        seen.append("warm")
+        raise RuntimeError("no model")
+
+    warmed = Jobs(tmp_path, fake, warm=warm)
+    assert run(fake, warmed.submit(Request(prompt="dog"))).state == "done"
+    assert seen == ["warm"]
+    warmed.close()
+
+
+# Form
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "multiple"), [(64, 64, 8), (32, 128, 8), (16, 4096, 16), (60, 72, 4)]
+)
+def test_only_legal_sizes_are_offered(low: int, high: int, multiple: int) -> None:
+    card = Card(name="toy", width=64, height=64, low=low, high=high, multiple=multiple)
+    offered = form.sizes(card)
+    assert offered[0][1] == "64x64"
+    for _, value in offered:
+        assert all(int(side) % multiple == 0 and low <= int(side) <= high for side in value.split("x"))
+    assert len({value for _, value in offered}) == len(offered)
+
+
+def test_a_model_without_a_size_keeps_its_own() -> None:
+    assert form.sizes(Card(name="far/away")) == [("the model's own", "")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "style", "wanted"),
+    [
+        ("a dog", "cartoon", "a dog, cartoon"),
+        ("a dog, cartoon", "3d render", "a dog, 3d render"),
+        ("a dog, blob cartoon", "cartoon", "a dog, cartoon"),
+        ("a dog, CARTOON, red", "3d render", "a dog, red, 3d render"),
+        ("a cartoon dog", "3d render", "a cartoon dog, 3d render"),
+        ("a dog, cartoon", form.ANY_STYLE, "a dog"),
+        ("cartoon", "3d render", "3d render"),
+        ("", "cartoon", "cartoon"),
+        ("a dog, ", "cartoon", "a dog, cartoon"),
+    ],
+)
+def test_a_style_replaces_the_one_before(prompt: str, style: str, wanted: str) -> None:
+    assert form.restyled(prompt, style, STYLES) == wanted
+
+
+def test_the_style_of_a_prompt_is_found() -> None:
+    assert form.style_in("a dog, blob cartoon", STYLES) == "blob cartoon"
+    assert form.style_in("a cartoon dog", STYLES) == form.ANY_STYLE
+
+
+@pytest.fixture(scope="module")
+def methods() -> Any:
+    return form.methods()
+
+
+def controls(methods: Any, **changes: Any) -> dict[str, Any]:
+    start = form.values_of(Request(model="toy", prompt="a dog, cartoon", seed=5), CARD, methods)
+    return start | changes
+
+
+def test_the_defaults_of_the_form_are_an_exact_legal_request(methods: Any) -> None:
+    request = form.request_of(controls(methods), methods)
+    assert request == Request(
+        model="toy", prompt="a dog, cartoon", width=64, height=64, steps=20, guidance=3.0, seed=5
+    )
+
+
+def test_every_method_can_be_chosen_with_its_defaults_and_comes_back(methods: Any) -> None:
+    for name in methods:
+        switches = {other: other == name for other in methods}
+        request = form.request_of(controls(methods, speed=form.ACCELERATED) | switches, methods)
+        assert [one.name for one in request.accelerators] == [name]
+        again = form.request_of(form.values_of(request, CARD, methods), methods)
+        assert again == request
+
+
+def test_settings_of_a_method_reach_the_request(methods: Any) -> None:
+    changed = {
+        "speed": form.ACCELERATED,
+        "delta-cache.interval": 3.0,
+        "delta-cache.first_block": " 1 ",
+        "delta-cache.last_block": "",
+    }
+    (cache,) = form.request_of(controls(methods, **changed), methods).accelerators
+    assert str(cache) == "delta-cache:interval=3,first_block=1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x" * 10_000}, "prompt"),
+        ({"seed": "-1"}, "seed"),
+        ({"seed": "seven"}, "seed"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"steps": 0}, "steps"),
+        ({"speed": form.ACCELERATED, "delta-cache": False}, "speed"),
+        ({"speed": form.ACCELERATED, "delta-cache.first_block": "two"}, "first_block"),
+        ({"speed": form.ACCELERATED, "delta-cache.interval": 99}, "accelerators"),
+    ],
+)
+def test_bad_input_is_named(methods: Any, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        form.request_of(
+            controls(methods) | {name: False for name in methods if name != "delta-cache"} | changes, methods
+        )
+    assert caught.value.field == field
+
+
+def test_a_blank_seed_is_random_and_new_every_time_too(methods: Any) -> None:
+    seeds = {form.request_of(controls(methods, seed=" "), methods).seed for _ in range(3)}
+    seeds |= {
+        form.request_of(controls(methods, seed="5", new_seed=True), methods, written="5").seed
+        for _ in range(3)
+    }
+    assert len(seeds) == 6
+    assert max(seeds) < form.LARGEST_RANDOM_SEED
+
+
+def test_a_typed_seed_counts_even_where_the_page_was_to_choose_one(methods: Any) -> None:
+    assert form.request_of(controls(methods, seed="5", new_seed=True), methods, written="4").seed == 5
+
+
+def test_methods_that_decide_about_the_same_thing_exclude_each_other(jobs: Jobs, page_of: Any) -> None:
+    page, _ = page_of(jobs)
+    assert not page.rivals("delta-cache", "delta-cache")
+    for name in page.methods:
+        assert page.rivals("delta-cache", name) == (
+            name != "delta-cache" and form.seam_of(name) == "which blocks are computed"
+        )
+
+
+def test_a_class_model_is_asked_by_number(methods: Any) -> None:
+    request = form.request_of(controls(methods, class_label=207.0), methods, takes_class=True)
+    assert (request.class_label, request.prompt) == (207, "")
+
+
+# What is shown
+
+
+def job_of(request: Request, tmp_path: Path) -> Job:
+    job = Job(request, tmp_path)
+    job.report, job.paths = FakeResult(request).report, [tmp_path / "1.png"]
+    job.started, job.ended, job.state = 1.0, 3.0, "done"
+    return job
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    nasty = "<img src=x onerror=alert(1)> ${alert(2)} {{this}} @children"
+    job = Job(Request(prompt="dog"), tmp_path, state="failed", error=nasty)
+    for shown in (views.trouble(nasty), views.ended(job), views.masthead(nasty, nasty)):
+        assert not any(sign in shown for sign in ("<img", "${", "{{", "@children"))
+    assert "&lt;img src=x" in views.trouble(nasty)
+    assert "<" not in form.about(Card(name="x", summary="<script>[a](b)")).replace("\\<", "")
+
+
+def test_the_timeline_counts_every_block_call() -> None:
+    drawn = views.timeline(RUN)
+    assert 'data-computed="10"' in drawn
+    assert 'data-reused="2"' in drawn
+    assert drawn.count('<rect class="C" x=') == 10
+    assert drawn.count('<rect class="R" x=') == 2
+    assert "step 2, blocks 1 to 2: reused" in drawn
+    assert 'aria-label="Block calls by step: 10 computed, 2 reused"' in drawn
+
+
+def test_the_timeline_shows_a_band_for_each_branch_and_copes_with_large_models() -> None:
+    cells = [
+        {"branch": branch, "step": step, "states": "C" * 30 + "F" * 30}
+        for step in range(50)
+        for branch in ("cond", "uncond")
+    ]
+    drawn = views.timeline({"cells": cells})
+    assert "uncond</text>" in drawn
+    assert 'data-forecast="3000"' in drawn
+    assert drawn.count("<rect") < 1000
+    assert "No blocks" in views.timeline({"calls": 3})
+
+
+def test_the_report_says_what_was_asked_and_what_took_effect(tmp_path: Path) -> None:
+    job = job_of(Request(prompt="dog", accelerators=("delta-cache",)), tmp_path)
+    shown = views.report(job)
+    assert "1.1 s · 3 steps · accelerated: 10 of 12 block calls computed, 2 reused" in shown
+    assert "delta-cache: 1 of 3 calls reused blocks 1-2" in shown
+    assert "saved in" in shown
+
+
+def test_warnings_and_failures_are_told_apart(tmp_path: Path) -> None:
+    job = job_of(Request(prompt="dog"), tmp_path)
+    assert views.ended(job) == ""
+    job.report |= {"warnings": ["the prompt was cut", "not a number"], "failures": ["not a number"]}
+    shown = views.ended(job)
+    assert "Something is wrong with the result: not a number." in shown
+    assert shown.count("not a number") == 1
+    assert "Note: the prompt was cut." in shown
+
+
+def test_progress_says_phase_step_and_stopping(tmp_path: Path) -> None:
+    job = Job(Request(prompt="dog", images=2), tmp_path)
+    assert "2 before yours" in views.progress(job, 2)
+    job.state, job.started = "running", time.monotonic()
+    job.told(Progress(3, 10, "denoise", 1.0, 1))
+    shown = views.progress(job)
+    assert "Denoising" in shown
+    assert "picture 2 of 2, step 3 of 10" in shown
+    assert 'aria-valuenow="65"' in shown
+    job.cancel.set()
+    assert "Stopping" in views.progress(job)
+
+
+REQUESTS = [
+    Request(prompt="a red apple, cartoon", seed=7),
+    Request(
+        prompt='it\'s "quoted" $HOME; rm',
+        negative_prompt="-x",
+        seed=1,
+        steps=9,
+        guidance=2.5,
+        width=64,
+        height=72,
+    ),
+    Request(prompt="-dash", seed=2, images=3, scheduler="heun", accelerators=("delta-cache:interval=3",)),
+    Request(model="some folder/model", class_label=3, seed=3),
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda one: one.prompt or "class")
+def test_copied_command_and_python_give_the_same_request(request_: Request) -> None:
+    import shlex
+
+    words = shlex.split(views.command_of(request_))
+    assert words[:2] == ["leapfrog", "generate"]
+    assert _request(build_parser().parse_args(words[1:])) == request_
+    seen: list[Request] = []
+    code = views.python_of(request_).replace("from pipelines.generate import generate\n", "")
+    exec(code, {"generate": lambda one: seen.append(one) or SimpleNamespace(save=lambda: None)})
+    assert seen == [request_]
+
+
+# Serving
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1", "::1", "localhost", "127.8.0.1"])
+def test_this_computer_alone_needs_no_password(host: str | None) -> None:
+    assert serve.loopback(serve.address(host, auth=False, spaces=False))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
+def test_other_addresses_are_refused_without_a_password(host: str) -> None:
+    with pytest.raises(serve.AddressError, match="no password"):
+        serve.address(host, auth=False, spaces=False)
+    assert serve.address(host, auth=True, spaces=False) == host
+
+
+def test_a_space_is_bound_to_every_address() -> None:
+    assert serve.address(None, auth=False, spaces=True) == "0.0.0.0"
+
+
+def test_main_refuses_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    monkeypatch.delenv("LEAPFROG_AUTH", raising=False)
+    assert app.main(["--host", "0.0.0.0"]) == 1
+    assert "no password is set" in capsys.readouterr().err
+    assert app.main(["--model", "no such model"]) == 1
+    assert "no such model" in capsys.readouterr().err
+    monkeypatch.setenv("LEAPFROG_AUTH", "me:short")
+    assert app.main([]) == 1
+    assert "at least 8 characters" in capsys.readouterr().err
+
+
+def test_guessing_passwords_is_slowed_down() -> None:
+    now = [0.0]
+    login = serve.Login("me:long enough", clock=lambda: now[0])
+    assert login("me", "long enough")
+    for _ in range(serve.TRIES):
+        assert not login("me", "wrong")
+    assert not login("me", "long enough")
+    now[0] += serve.TRIES_IN + 1
+    assert login("me", "long enough")
+
+
+def answer(
+    path: str, host: str, hosts: frozenset[str] | None = frozenset({"localhost"}), framed: bool = False
+) -> dict[str, Any]:
+    sent: list[Any] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "headers": [(b"host", host.encode())]}
+    asyncio.run(serve.Guard(inner, hosts, framed)(scope, lambda: None, send))  # type: ignore[arg-type,return-value]
+    return {"status": sent[0]["status"]} | {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+
+
+def test_the_guard_checks_host_and_paths_and_sets_headers() -> None:
+    page = answer("/", "localhost:7860")
+    assert page["status"] == 200
+    assert page["x-frame-options"] == "DENY"
+    assert "default-src 'self'" in page["content-security-policy"]
+    assert page["x-content-type-options"] == "nosniff"
+    assert answer("/", "evil.example:7860")["status"] == 421
+    assert answer("/", "evil.example", hosts=None)["status"] == 200
+    for path in ("/openapi.json", "/gradio_api/runs", "/gradio_api/file=http://example.org/x"):
+        assert answer(path, "localhost")["status"] == 404
+    assert "x-frame-options" not in answer("/", "x", None, framed=True)
+
+
+def test_every_limit_of_gradio_is_set() -> None:
+    options = serve.launch_options("127.0.0.1", None, None, spaces=False)
+    off = ("share", "show_error", "enable_monitoring", "run_history", "ssr_mode", "mcp_server", "pwa")
+    assert all(options[name] is False for name in off)
+    assert options["max_file_size"] == 20_000_000
+    assert options["strict_cors"]
+    assert options["app_kwargs"]["openapi_url"] is None
+
+
+# The page's own functions, with a fake underneath
+
+
+@pytest.fixture(scope="module")
+def page_of() -> Any:
+    from app_page import Page
+
+    def make(jobs: Jobs) -> Any:
+        page = Page(jobs, {"toy": CARD, "other": Card(name="other", task="class-to-image", classes=10)})
+        return page, page.build()
+
+    return make
+
+
+def test_the_page_keeps_its_limits_and_its_events_to_itself(jobs: Jobs, page_of: Any) -> None:
+    _, blocks = page_of(jobs)
+    assert blocks.analytics_enabled is False
+    assert blocks.delete_cache == (86_400, 7 * 86_400)
+    assert blocks._queue.max_size == serve.EVENTS
+    assert blocks.api_open is False
+    assert {one.api_visibility for one in blocks.fns.values()} == {"private"}
+
+
+def test_every_control_has_a_label(jobs: Jobs, page_of: Any) -> None:
+    page, _ = page_of(jobs)
+    for component in [*page.inputs.values(), page.parts["concepts"], page.parts["file"]]:
+        assert component.label
+
+
+def value_of(component: Any) -> Any:
+    """Return the value of a component that an event gave back."""
+    return component["value"] if isinstance(component, dict) else component.value
+
+
+def test_submitting_writes_the_seed_back_and_watching_ends_with_the_original_bytes(
+    jobs: Jobs, fake: Fake, page_of: Any
+) -> None:
+    page, _ = page_of(jobs)
+    given = controls(page.methods, seed="")
+    updates = page._submit("", *(given[name] for name in page.inputs))
+    job = jobs.get(updates[page.parts["job"]])
+    assert job is not None
+    assert updates[page.inputs["seed"]] == str(job.request.seed)
+    fake.go.release(10)
+
+    async def watch() -> list[Any]:
+        return [one async for one in page._watch(job.name)]
+
+    last = asyncio.run(watch())[-1]
+    served = Path(value_of(last[page.parts["picture"]])["path"])
+    assert served.read_bytes() == job.paths[0].read_bytes()
+    assert served != job.paths[0]
+    again = page._again(job.name)
+    assert again[page.parts["job"]] == job.name
+
+
+def test_a_bad_request_is_told_and_nothing_is_queued(jobs: Jobs, fake: Fake, page_of: Any) -> None:
+    page, _ = page_of(jobs)
+    given = controls(page.methods, prompt="")
+    updates = page._submit("", *(given[name] for name in page.inputs))
+    assert updates[page.parts["job"]] == ""
+    assert "Prompt must be text of 1 to 2000 characters" in updates[page.parts["status"]]
+    assert fake.order == []
+
+
+def test_settings_come_back_from_a_file(jobs: Jobs, page_of: Any, tmp_path: Path) -> None:
+    page, _ = page_of(jobs)
+    request = Request(
+        model="toy",
+        prompt="a cat, 3d render",
+        seed=9,
+        width=40,
+        height=96,
+        accelerators=("delta-cache:interval=4",),
+    )
+    file = tmp_path / "made.json"
+    file.write_text(json.dumps({"version": 1, "request": request.to_dict(), "report": {}}))
+    updates = page._reuse(str(file))
+    assert updates[page.inputs["prompt"]] == "a cat, 3d render"
+    assert updates[page.inputs["seed"]] == "9"
+    assert updates[page.inputs["delta-cache.interval"]] == 4
+    assert updates[page.inputs["speed"]] == form.ACCELERATED
+    assert set(updates) >= set(page.inputs.values())
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x89PNG\r\n\x1a\n", b"{}", b'{"version": 1, "request": {"model": "gone", "prompt": "x"}}']
+)
+def test_a_file_that_does_not_fit_is_refused_in_words(
+    jobs: Jobs, page_of: Any, tmp_path: Path, content: bytes
+) -> None:
+    page, _ = page_of(jobs)
+    file = tmp_path / "some<i>.png"
+    file.write_bytes(content)
+    updates = page._reuse(str(file))
+    assert "trouble" in updates[page.parts["status"]]
+    assert str(tmp_path) not in updates[page.parts["status"]]
+    assert "<i>" not in updates[page.parts["status"]]
+    assert page.inputs["prompt"] not in updates
+
+
+def test_another_model_brings_its_own_fields(jobs: Jobs, page_of: Any) -> None:
+    page, _ = page_of(jobs)
+    updates = page._model("other")
+    assert set(updates) >= {
+        page.inputs[name] for name in ("prompt", "class_label", "style", "size", "steps", "guidance")
+    }
+    given = controls(page.methods, model="other", class_label=3)
+    job = jobs.get(page._submit("", *(given[name] for name in page.inputs))[page.parts["job"]])
+    assert job is not None
+    assert job.request.class_label == 3

@@ -1,0 +1,272 @@
+"""The page in a browser: a tiny random model, from a prompt to the saved file, with nothing fetched from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.request import Request
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+WAIT = 60_000
+"""Longest wait for anything, in ms: busy machines are slow."""
+
+# The page's process may open connections to this computer only; anything else is told and refused.
+_OFFLINE = """
+import ipaddress, socket, sys
+inner = socket.socket.connect
+def connect(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not ipaddress.ip_address(address[0]).is_loopback:
+        print("OUTSIDE", address, flush=True)
+        raise OSError("blocked by the test")
+    return inner(self, address)
+socket.socket.connect = connect
+import app
+sys.exit(app.main(sys.argv[1:]))
+"""
+
+# Controls that a screen reader could not name.
+_NAMELESS = """
+[...document.querySelectorAll("input:not([type=file]), textarea, select")].filter(one => one.offsetParent
+  && !one.labels?.length && !one.getAttribute("aria-label") && !one.getAttribute("aria-labelledby")).map(one => one.outerHTML)
+"""
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this computer"),
+    # gradio_client and playwright leave event loops and pipes to the garbage collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny random text-to-image model with a card: 32 px pictures, four blocks."""
+    import diffusers
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    from dit.backbones.mmdit import MMDiT
+    from dit.codec import ResampleCodec
+    from pipelines.text_to_image import TextToImagePipeline
+
+    torch.manual_seed(0)
+    words = Tokenizer(
+        models.WordLevel(
+            {"<pad>": 0, "<unk>": 1, "a": 2, "dog": 3, "cartoon": 4, "<s>": 5}, unk_token="<unk>"
+        )
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 5)])
+    config = transformers.BertConfig(
+        vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformer = MMDiT(
+        patch_size=4,
+        sample_size=16,
+        width=32,
+        heads=2,
+        dual_depth=2,
+        single_depth=2,
+        context_dim=16,
+        pooled_dim=16,
+    )
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    pipeline = TextToImagePipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder=transformers.BertModel(config, add_pooling_layer=False).eval(),
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"
+        ),
+        codec=ResampleCodec(width=8, depth=1).eval(),
+        text_length=16,
+    )
+    folder = tmp_path_factory.mktemp("page") / "tiny"
+    pipeline.save_pretrained(folder)
+    (folder / "card.json").write_text(
+        '{"title": "tiny", "summary": "Noise on noise.", "steps": 6, "guidance": 2.0, "low": 32, "high": 32,'
+        ' "styles": ["cartoon", "3d render"], "examples": ["a dog, cartoon", "a cat, 3d render"], "concepts": ["dog", "cat"]}'
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Start the page as a person would, without a network; return its address and the folder of its pictures."""
+    output = tmp_path_factory.mktemp("pictures")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    for name in ("SPACE_ID", "LEAPFROG_AUTH", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_TEMP_DIR"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", _OFFLINE, "--model", str(model), "--output", str(output)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        lines: queue.Queue[str] = queue.Queue()
+        said: list[str] = []
+        threading.Thread(target=_read, args=(process, lines, said), daemon=True).start()
+        try:
+            while not (found := re.search(r"http://\S+", line := lines.get(timeout=WAIT / 1000))):
+                assert line, "".join(said)
+            yield found[0], output
+        finally:
+            process.terminate()
+            try:
+                assert process.wait(30) == 0
+            finally:
+                process.kill()
+    assert not [line for line in said if "OUTSIDE" in line or "Traceback" in line], "".join(said)
+
+
+def _read(process: subprocess.Popen[str], lines: queue.Queue[str], said: list[str]) -> None:
+    for line in process.stdout or ():
+        said.append(line)
+        lines.put(line)
+    lines.put("")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright.expect.set_options(timeout=WAIT)
+    with playwright.sync_playwright() as found:
+        opened = found.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(browser: Any, served: tuple[str, Path]) -> Iterator[Any]:
+    """Open the page; afterwards nothing may have been asked of other computers, and no script may have failed."""
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(WAIT)
+    outside: list[str] = []
+    broken: list[str] = []
+    tab.on(
+        "request",
+        lambda one: None if one.url.startswith((served[0], "data:", "blob:")) else outside.append(one.url),
+    )
+    tab.on("pageerror", lambda error: broken.append(str(error)))
+    with tab.expect_response(lambda one: "queue/join" in one.url):  # the page has begun to ask the server
+        tab.goto(served[0])
+    tab.locator("#generate").wait_for()
+    yield tab
+    tab.close()
+    assert (outside, broken) == ([], [])
+
+
+def number(tab: Any, label: str, value: int) -> None:
+    tab.get_by_label(f"number input for {label}").fill(str(value))
+    tab.keyboard.press("Tab")
+
+
+def test_from_a_prompt_to_the_lossless_file(tab: Any, served: tuple[str, Path]) -> None:
+    tab.locator("#prompt textarea").fill("a dog")
+    tab.get_by_text("cartoon", exact=True).click()
+    playwright.expect(tab.locator("#prompt textarea")).to_have_value("a dog, cartoon")
+    tab.locator("#prompt textarea").press("Control+Enter")
+    picture = tab.locator("#picture img")
+    picture.wait_for()
+    assert picture.get_attribute("alt") == "a dog, cartoon"
+    assert tab.get_by_role("alert").count() == 0
+    (file,) = served[1].glob("a-dog-cartoon-*.png")
+    assert tab.request.get(picture.get_attribute("src")).body() == file.read_bytes()
+    request = Request.from_file(file)
+    assert tab.get_by_label("Seed", exact=True).input_value() == str(request.seed)
+    assert (request.prompt, request.steps, request.guidance, request.accelerators) == (
+        "a dog, cartoon",
+        6,
+        2.0,
+        (),
+    )
+    assert "exact: all 24 block calls computed" in tab.locator("#report").inner_text()
+    tab.get_by_text("Run report", exact=True).click()
+    assert tab.locator("svg.timeline").get_attribute("data-computed") == "24"
+    tab.get_by_text("Copy as command or Python").click()
+    assert f"--seed {request.seed}" in tab.get_by_label("Command", exact=True).inner_text()
+    tab.get_by_role("button", name="Copy Command").click()
+    assert tab.evaluate("String(window.getSelection())").startswith("leapfrog generate 'a dog, cartoon'")
+    tab.reload()
+    playwright.expect(tab.locator("#picture img")).to_have_attribute("alt", "a dog, cartoon")
+
+
+def test_an_example_accelerated_and_its_settings_taken_up_again(tab: Any, served: tuple[str, Path]) -> None:
+    tab.get_by_text("a cat, 3d render").click()
+    playwright.expect(tab.locator("#prompt textarea")).to_have_value("a cat, 3d render")
+    tab.get_by_text("Accelerated", exact=True).click()
+    number(tab, "Compute all blocks every n-th step", 3)
+    number(tab, "How many", 2)
+    tab.locator("#generate").click()
+    playwright.expect(tab.locator("#gallery img")).to_have_count(2)
+    assert "reused" in tab.locator("#report").inner_text()
+    tab.get_by_text("Run report", exact=True).click()
+    assert int(tab.locator("svg.timeline").get_attribute("data-reused")) > 0
+    file, other = sorted(served[1].glob("a-cat-*.png"))
+    assert Request.from_file(other).seed == Request.from_file(file).seed + 1
+
+    tab.reload()
+    tab.locator("#gallery img").first.wait_for()
+    tab.get_by_text("Reuse settings from a picture").click()
+    tab.locator("#reuse input[type=file]").set_input_files(file)
+    playwright.expect(tab.locator("#status")).to_contain_text("Filled in from")
+    assert tab.locator("#prompt textarea").input_value() == "a cat, 3d render"
+    assert tab.get_by_label("Seed", exact=True).input_value() == str(Request.from_file(file).seed)
+    assert tab.get_by_label("number input for Compute all blocks every n-th step").input_value() == "3"
+
+
+def test_stopping_ends_the_run_and_saves_nothing(tab: Any, served: tuple[str, Path]) -> None:
+    tab.locator("#prompt textarea").fill("never finished")
+    number(tab, "Steps", 100)
+    number(tab, "How many", 16)
+    tab.locator("#generate").click()
+    playwright.expect(tab.locator("#status")).to_contain_text("step")
+    tab.locator("#stop").click()
+    playwright.expect(tab.locator("#status")).to_contain_text("Stopped")
+    playwright.expect(tab.locator("#generate")).to_be_enabled()
+    assert not list(served[1].glob("never*"))
+
+
+def test_every_control_has_a_name_and_an_error_is_told_in_plain_words(tab: Any) -> None:
+    assert tab.get_by_role("heading", level=1).inner_text() == "Leapfrog"
+    assert tab.evaluate("document.documentElement.lang") == "en"
+    for name in ("Generate", "Stop", "Roll a new seed"):
+        assert tab.get_by_role("button", name=name).count() == 1
+    assert tab.evaluate(_NAMELESS) == []
+    tab.locator("#generate").click()
+    playwright.expect(tab.get_by_role("alert")).to_contain_text("Prompt must be text of 1 to 2000 characters")
+    tab.locator("#prompt textarea").fill("a dog")
+    tab.get_by_label("Seed", exact=True).fill("<b>7</b> ${1+1} {{this}}")
+    tab.locator("#generate").click()
+    playwright.expect(tab.get_by_role("alert")).to_contain_text("<b>7</b> ${1+1} {{this}}")
+    assert tab.locator("#generate").is_enabled()
+
+
+def test_a_narrow_screen_needs_no_sideways_scrolling(tab: Any) -> None:
+    tab.set_viewport_size({"width": 360, "height": 780})
+    tab.locator("#prompt textarea").fill("a dog")
+    tab.get_by_text("Accelerated", exact=True).click()
+    tab.get_by_text("More settings of delta-cache").click()
+    tab.locator("#generate").click()
+    tab.locator("#picture img").wait_for()
+    for words in (
+        "Run report",
+        "Copy as command or Python",
+        "Blocks in each step",
+        "Memory, digests and versions",
+    ):
+        tab.get_by_text(words, exact=True).click()
+    tab.wait_for_timeout(300)
+    assert tab.evaluate("document.documentElement.scrollWidth") == 360

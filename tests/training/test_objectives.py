@@ -1,0 +1,88 @@
+"""Flow matching: the perfect denoiser has no loss, time goes from noise to picture, and Euler walks straight lines exactly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.objectives import FlowMatching, euler
+
+
+def some(count: int, seed: int) -> Tensor:
+    return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_true_velocity_has_no_loss() -> None:
+    pictures, noise = some(5, 0), some(5, 1)
+    times = torch.linspace(0.01, 1, 5)
+    losses = FlowMatching().losses(lambda noisy, _: noise - pictures, pictures, noise, times)
+    assert losses.shape == (5,)
+    assert losses.abs().max() == 0
+
+
+def test_the_denoiser_sees_the_picture_at_0_and_noise_at_1() -> None:
+    pictures, noise = some(3, 0), some(3, 1)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def denoiser(noisy: Tensor, times: Tensor) -> Tensor:
+        seen.append((noisy, times))
+        return torch.zeros_like(noisy)
+
+    FlowMatching().losses(denoiser, pictures, noise, torch.tensor([0.0, 0.25, 1.0]))
+    noisy, times = seen[0]
+    assert torch.equal(noisy[0], pictures[0])
+    torch.testing.assert_close(noisy[1], 0.75 * pictures[1] + 0.25 * noise[1])
+    assert torch.equal(noisy[2], noise[2])
+    assert times.tolist() == [0.0, 0.25, 1.0]
+
+
+def test_the_weight_is_held_below_the_floor_only() -> None:
+    pictures, noise = torch.zeros(3, 1, 1, 1), torch.ones(3, 1, 1, 1)
+    losses = FlowMatching(floor=0.2).losses(
+        lambda noisy, _: torch.zeros_like(noisy), pictures, noise, torch.tensor([0.1, 0.2, 0.9])
+    )
+    assert losses.tolist() == pytest.approx([0.25, 1.0, 1.0])
+
+
+def test_a_predicted_picture_weighs_the_same_at_every_low_time() -> None:
+    pictures, noise = torch.zeros(4, 1, 1, 1), torch.ones(4, 1, 1, 1)
+
+    def off_by_one(noisy: Tensor, times: Tensor) -> Tensor:
+        level = times.reshape(-1, 1, 1, 1)
+        return (noisy - (pictures + 1)) / level
+
+    losses = FlowMatching(floor=0.1).losses(off_by_one, pictures, noise, torch.tensor([0.01, 0.05, 0.1, 0.2]))
+    assert losses.tolist() == pytest.approx([100, 100, 100, 25], rel=1e-4)
+
+
+def test_times_are_logit_normal_and_repeat() -> None:
+    objective = FlowMatching(mean=0.5, std=0.8)
+    times = objective.times(20_000, torch.Generator().manual_seed(0))
+    assert 0 < times.min() < times.max() < 1
+    logits = torch.logit(times.double())
+    assert float(logits.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(logits.std()) == pytest.approx(0.8, abs=0.02)
+    assert torch.equal(times, objective.times(20_000, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_euler_is_exact_on_straight_lines(steps: int) -> None:
+    pictures, noise = some(2, 0), some(2, 1)
+    torch.testing.assert_close(euler(lambda *_: noise - pictures, noise, steps), pictures)
+
+
+def test_euler_goes_down_from_1_and_never_asks_at_0() -> None:
+    asked: list[float] = []
+
+    def denoiser(noisy: Tensor, times: Tensor) -> Tensor:
+        assert times.shape == (2,)
+        asked.append(float(times[0]))
+        return -noisy
+
+    found = euler(denoiser, torch.ones(2, 1, 1, 1), 4)
+    assert asked == [1.0, 0.75, 0.5, 0.25]
+    assert found.flatten().tolist() == pytest.approx([1.25**4] * 2)
+    assert math.isclose(float(euler(denoiser, torch.ones(2, 1, 1, 1), 1000)[0]), math.e, rel_tol=1e-2)
