@@ -17,6 +17,8 @@ EXACT, ACCELERATED = SPEEDS = ("Exact", "Accelerated")
 ANY_STYLE = "any style"
 STEPS, GUIDANCE = 28, 4.0
 """Where a card says nothing."""
+FIRST_METHOD = "delta-cache"
+"""The accelerator that is turned on first: it asks nothing special of a model."""
 LARGEST_RANDOM_SEED = 2**31 - 1
 _RATIOS = ((1, 1), (3, 4), (2, 3), (4, 3), (3, 2))
 
@@ -27,8 +29,11 @@ def fields_by_name() -> dict[str, Field]:
 
 
 def methods() -> dict[str, tuple[Field, ...]]:
-    """Return the fields of every accelerator by its name. Imports torch."""
-    return {name: fields(kind) for name, kind in accelerator_kinds().items()}
+    """Return the fields of every accelerator by its name, the one to begin with first. Imports torch."""
+    kinds = accelerator_kinds()
+    return {
+        name: fields(kinds[name]) for name in sorted(kinds, key=lambda name: (name != FIRST_METHOD, name))
+    }
 
 
 def sentence_of(method: str) -> str:
@@ -166,6 +171,8 @@ def _accelerators(values: Mapping[str, Any], given: Mapping[str, Sequence[Field]
 
 
 def _setting(kind: Any, one: Field, value: Any) -> Any:
+    if one.optional and isinstance(value, str) and not value.strip():
+        return None
     if isinstance(value, str) and one.kind in ("integer", "number"):
         return read(kind, one.name, value.strip())
     return _whole(value) if one.kind == "integer" else value
@@ -226,7 +233,10 @@ def control(one: Field, **more: Any) -> Any:
     if _as_text(one):
         return gr.Textbox(
             **shared
-            | {"value": "" if one.default is None else f"{one.default:g}", "placeholder": "automatic"}
+            | {
+                "value": "" if one.default is None else f"{one.default:g}",
+                "placeholder": "automatic" if one.default is None else "none",
+            }
         )
     if one.kind in ("integer", "number"):
         shared |= {

@@ -163,8 +163,9 @@ CSS = """
 #picture .image-container, #picture .image-frame, #picture button { width: 100%; height: auto !important; }
 #picture img { width: auto !important; max-width: 100%; height: auto !important; margin: 0 auto; border-radius: 10px; }
 #gallery .grid-wrap { height: auto !important; min-height: 0; max-height: none; padding: 0; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; min-width: 0; }
 #gallery .caption-label { display: none; }
-#picture.small img { width: min(100%, 384px) !important; }
+#picture.small img { width: min(100%, 384px) !important; object-fit: contain !important; }
 .stage .icon-button-wrapper { border: 0; background: transparent; }
 #status:not(:has(.pace)):not(:has(.trouble)), #report:not(:has(.report)) { display: none; }
 

@@ -97,7 +97,7 @@ def encode(tokenizer: Any, encoder: Any, prompts: Sequence[str], *, limit: int =
     mask = batch["attention_mask"].bool()
     states = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     states = states.masked_fill(~mask.unsqueeze(-1), 0.0)
-    pooled = states.float().sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    pooled = states.float().sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1)
     pooled = torch.nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
     return Prompt(states, mask, pooled.to(states.dtype), tuple(map(len, full)))
 
