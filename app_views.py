@@ -5,13 +5,12 @@ Everything that came from outside goes through `safe`.
 
 from __future__ import annotations
 
-import html
 import shlex
 import time
-from collections.abc import Iterable, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pipelines import timeline as drawn
 from pipelines.form import fields
 from pipelines.request import Request
 
@@ -33,15 +32,8 @@ COLOURS = {
     "decode": "#b45309",
     "save": "#6d28d9",
 }
-STATES = {"C": "computed", "R": "reused", "F": "forecast"}
-SHOWN_ROWS = 200
-
-_TEMPLATE_SIGNS = str.maketrans({sign: f"&#{ord(sign)};" for sign in "{}$`@"})
-
-
-def safe(value: object) -> str:
-    """Return text for use in HTML; gradio's own template signs are written as entities too."""
-    return html.escape(str(value), quote=True).translate(_TEMPLATE_SIGNS)
+STATES, SHOWN_ROWS = drawn.STATES, 200
+safe, timeline = drawn.safe, drawn.timeline
 
 
 def masthead(title: str, summary: str) -> str:
@@ -134,7 +126,7 @@ def report(job: Job) -> str:
 
 
 def _work(run: Mapping[str, Any], request: Request) -> str:
-    total = sum(run.get(name, 0) for name in STATES.values())
+    total = sum(run.get(name, 0) for name in ("computed", "reused", "forecast"))
     if not total:
         return "exact" if not request.accelerators else "accelerated"
     if not request.accelerators:
@@ -153,83 +145,6 @@ def _phases(timings: Mapping[str, float]) -> str:
         bars.append(f'<i style="background:{colour};width:{seconds / total:.2%}"></i>')
         keys.append(f'<span style="--c:{colour}">{safe(PHASES.get(name, name))} {seconds:.2f} s</span>')
     return f'<h3>Time</h3><div class="phases" aria-hidden="true">{"".join(bars)}</div><div class="key">{"".join(keys)}</div>'
-
-
-def timeline(run: Mapping[str, Any]) -> str:
-    """Return an SVG of steps (across) and blocks (down), one band for each guidance branch; colours and patterns tell the states.
-
-    Equal neighbours of one step are one bar; `data-` attributes hold the counts.
-    """
-    cells = [cell for cell in run.get("cells", []) if cell.get("states")]
-    if not cells:
-        return '<p class="note">No blocks were counted in this run.</p>'
-    bands: dict[str, list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        bands.setdefault(str(cell.get("branch", "")), []).append(cell)
-    columns = max(map(len, bands.values()))
-    width = max(6.0, min(26.0, 560 / columns))
-    left, top, parts, counts = 52.0, 6.0, [], dict.fromkeys(STATES, 0)
-    for branch, band in bands.items():
-        blocks = max(len(cell["states"]) for cell in band)
-        height = max(3.0, min(16.0, 200 / blocks))
-        if len(bands) > 1:
-            parts.append(f'<text x="{left}" y="{top + 11}">{safe(branch)}</text>')
-            top += 17
-        for place, cell in enumerate(band):
-            parts.append(_column(cell, left + place * width, top, width, height))
-            for state in cell["states"]:
-                counts[state] = counts.get(state, 0) + 1
-        parts.append(f'<text x="0" y="{top + 10}">block 0</text>')
-        if blocks > 2:
-            parts.append(f'<text x="0" y="{top + blocks * height - 1:.1f}">block {blocks - 1}</text>')
-        top += blocks * height + 8
-    right = left + columns * width
-    parts.append(f'<text x="{left}" y="{top + 8}">step 1</text>')
-    if columns > 3:
-        parts.append(
-            f'<text x="{right:.1f}" y="{top + 8}" text-anchor="end">step {cells[-1]["step"] + 1}</text>'
-        )
-    return _drawing(right + 2, top + 14, parts, counts)
-
-
-def _column(cell: Mapping[str, Any], x: float, y: float, width: float, height: float) -> str:
-    bars, first = [], 0
-    gap, side = min(1.5, height / 4), width - min(1.5, width / 5)
-    for state, same in groupby(cell["states"]):
-        count = len(list(same))
-        where = f"blocks {first} to {first + count - 1}" if count > 1 else f"block {first}"
-        each = 1 if height > 4 else count  # thin rows are drawn as one bar
-        rectangles = "".join(
-            f'<rect class="{safe(state)}" x="{x:.1f}" y="{y + row * height:.1f}" width="{side:.1f}" '
-            f'height="{each * height - gap:.1f}" rx="1.5"/>'
-            for row in range(first, first + count, each)
-        )
-        about = f"step {cell['step'] + 1}, {where}: {STATES.get(state, state)}"
-        bars.append(f"<g><title>{safe(about)}</title>{rectangles}</g>")
-        first += count
-    return "".join(bars)
-
-
-def _drawing(width: float, height: float, parts: Iterable[str], counts: Mapping[str, int]) -> str:
-    told = ", ".join(f"{count} {STATES.get(state, state)}" for state, count in counts.items() if count)
-    data = " ".join(f'data-{STATES.get(state, "other")}="{count}"' for state, count in counts.items())
-    patterns = (
-        '<pattern id="reused" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<rect class="paper" width="5" height="5"/><line class="ink" y2="5" stroke-width="2.4"/></pattern>'
-        '<pattern id="forecast" width="5" height="5" patternUnits="userSpaceOnUse">'
-        '<rect class="pale" width="5" height="5"/><circle class="dots" cx="2.5" cy="2.5" r="1.3"/></pattern>'
-    )
-    legend = "".join(
-        f'<svg width="15" height="11" aria-hidden="true"><rect class="{state}" width="15" height="11" rx="2"/></svg>'
-        f"&nbsp;{count} {STATES[state]}&ensp; "
-        for state, count in counts.items()
-        if state in STATES and (count or state == "C")
-    )
-    return (
-        f'<svg class="timeline" viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width * 1.15:.0f}px" role="img" '
-        f'aria-label="Block calls by step: {told}" {data}><defs>{patterns}</defs>{"".join(parts)}</svg>'
-        f'<div class="timeline legend">{legend}</div>'
-    )
 
 
 def _compared(found: Mapping[str, Any], request: Request) -> str:

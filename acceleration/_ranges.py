@@ -32,7 +32,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
     """A stream between two blocks: the tensor, how often it had been written to, and a copy where that is needed."""
 
     tensor: Tensor
@@ -40,7 +40,7 @@ class _Held:
     copy: Tensor | None
 
     @classmethod
-    def take(cls, tensor: Tensor, careful: bool) -> _Held:
+    def take(cls, tensor: Tensor, careful: bool) -> Held:
         return cls(tensor, version(tensor), tensor.clone() if careful else None)
 
     @property
@@ -67,11 +67,12 @@ class Recording:
         self.parts: list[Part] = []
         self.reasons: list[str] = []
         self.overwritten = False
+        self.skipped = False
         self._unfit: set[type] = set()
         self._open: Part | None = None
-        self._first: dict[str, _Held] = {}
-        self._last_in: Tensors = {}
-        self._last_out: dict[str, _Held] = {}
+        self._first: dict[str, Held] = {}
+        self._last_in: dict[str, Held] = {}
+        self._last_out: dict[str, Held] = {}
         self._between: Tensors = {}
 
     def visited(
@@ -84,15 +85,15 @@ class Recording:
         kwargs: dict[str, Any],
     ) -> Any:
         """Compute the block at this place and account for it."""
-        if place not in self.span:
-            self._close()
-            return call.compute(inner, args, kwargs)
         inputs = tensor_arguments(block.module, args, kwargs)
+        if place not in self.span or type(block.module) in self._unfit:
+            self._close()
+            self.skipped = self.skipped or ("skip" in inputs and place >= self.span.stop and bool(self.parts))
+            return call.compute(inner, args, kwargs)
         self.careful = self.careful or any(version(x) is None for x in inputs.values())
         if self._open is not None and not self._continues(inputs):
             self._close()
-        copies = self.careful and self._open is None
-        before = {name: _Held.take(x, copies) for name, x in inputs.items()}
+        before = {name: Held.take(x, self.careful) for name, x in inputs.items()}
         output = call.compute(inner, args, kwargs)
         form = match(block.module, inputs, output)
         if isinstance(form, str):
@@ -104,33 +105,38 @@ class Recording:
         if self._open is None:
             self._open = Part(place)
             self._first, self._between = before, {}
-        self._extend(self._open, block, form, inputs, form.split(output))
+        self._extend(self._open, block, form, before, form.split(output))
         return output
 
     def finish(self) -> list[Part]:
         """Close the recording and return its parts."""
         self._close()
+        if self.skipped:
+            self.reasons.append(
+                "later blocks take what these blocks return (long skips): reuse the rear or the whole stack"
+            )
+            return []
         return [
             part for part in self.parts if not any(type(one.module) in self._unfit for one in part.blocks)
         ]
 
-    def _extend(self, part: Part, block: Block, form: Output, inputs: Tensors, streams: Tensors) -> None:
+    def _extend(
+        self, part: Part, block: Block, form: Output, before: dict[str, Held], streams: Tensors
+    ) -> None:
         part.blocks.append(block)
         part.outputs.append(form)
-        self._last_in = {name: inputs[name] for name in streams}
-        self._last_out = {name: _Held.take(x, self.careful) for name, x in streams.items()}
+        self._last_in = {name: before[name] for name in streams}
+        self._last_out = {name: Held.take(x, self.careful) for name, x in streams.items()}
 
     def _continues(self, inputs: Tensors) -> bool:
         """Account for what the model did to the streams since the last block; False where a join cuts the range."""
+        changes: Tensors = {}
         for name, held in self._last_out.items():
             x = inputs.get(name)
             if x is None or x.shape != held.tensor.shape or x.device != held.tensor.device:
                 return False
-            if x is self._last_in[name] and x is not held.tensor:
-                kind = type(self._open.blocks[-1].module) if self._open is not None else type(None)
-                self.reasons.append(f"what {kind.__name__} returns as {name} does not reach the next block")
-                self._unfit.add(kind)
-                self._drop()
+            if x is self._last_in[name].tensor and x is not held.tensor:
+                self._leave_out_last(f"returns as {name} does not reach the next block")
                 return False
             before = held.value
             if before is None:
@@ -138,9 +144,28 @@ class Recording:
                 self._drop()
                 return False
             if x is not held.tensor or held.touched:
-                change = _minus(x, before)
-                self._between[name] = change if name not in self._between else self._between[name] + change
+                entered = self._last_in[name].value
+                if entered is not None and _parallel(_minus(x, entered), before):
+                    self._leave_out_last(f"returns is added to {name} by the model itself")
+                    return False
+                changes[name] = _minus(x, before)
+        for name, change in changes.items():
+            self._between[name] = change if name not in self._between else self._between[name] + change
         return True
+
+    def _leave_out_last(self, why: str) -> None:
+        """End the part before its last block, which stands beside the stream (a face adapter) and must be computed."""
+        part = self._open
+        if part is None:
+            return
+        kind = type(part.blocks.pop().module)
+        part.outputs.pop()
+        self._unfit.add(kind)
+        self.reasons.append(f"what {kind.__name__} {why}, so it is always computed")
+        if part.blocks:
+            self._last_out = self._last_in  # what went into that block is what the one before it made
+        else:
+            self._drop()
 
     def _close(self) -> None:
         part = self._open
@@ -220,6 +245,12 @@ def _minus(x: Tensor, y: Tensor) -> Tensor:
     """Subtract, in float32 at least: two roundings to half precision would show as an error where there is none."""
     x, y = (one.detach().float() if one.dtype.itemsize < 4 else one.detach() for one in (x, y))
     return x - y
+
+
+def _parallel(change: Tensor, output: Tensor) -> bool:
+    """Whether a stream has changed by a multiple of what a block returned: then that was a change, and no stream."""
+    size = change.norm() * output.float().norm()
+    return bool(size > 0) and bool((change * output).sum().abs() > (1 - 1e-5) * size)
 
 
 def _fits(part: Part, block: Block, inputs: Tensors) -> bool:

@@ -83,12 +83,17 @@ class Control(Protocol):
 
 @dataclass(slots=True)
 class Call:
-    """One forward of the transformer: when it is, and what became of each block (C computed, R reused, F forecast)."""
+    """One forward of the transformer: when it is, and what became of each block (C computed, R reused, F forecast,
+    S computed with sparse attention).
+
+    `remarks` is what else the report's cell of this call says (signal, threshold, decision).
+    """
 
     run: Run
     moment: Moment
     given: Mapping[str, Any]
     states: list[str] = field(default_factory=list)
+    remarks: dict[str, Any] = field(default_factory=dict)
 
     def compute(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a block after all."""
@@ -104,8 +109,10 @@ class Call:
 class RunReport:
     """What was asked for and what took effect; counts are calls of blocks.
 
-    `cells` holds one entry a call: run, branch, step, evaluation, and one letter a block (C, R, F).
-    `bytes` is the most that was stored for reuse at one time.
+    `cells` holds one entry a call: run, branch, step, evaluation, one letter a block (C, R, F, S), and where a gate decides
+    its signal (None where there is none yet), threshold and decision in words.
+    `bytes` is the most that was stored for reuse at one time. `sparse` of the `computed` were computed with sparse
+    attention; `attention` says for each layer how dense it was, what recall was measured, and how long it took.
     """
 
     requested: list[dict[str, Any]]
@@ -119,6 +126,8 @@ class RunReport:
     bytes: int
     notes: list[str]
     cells: list[dict[str, Any]]
+    sparse: int = 0
+    attention: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def fraction(self) -> float:
@@ -150,11 +159,12 @@ class Run:
         self.blocks: Blocks = seams.blocks_of(transformer)
         self.clock = Clock(steps, calls_per_step)
         self.call: Call | None = None
-        self.tally = dict.fromkeys("CRF", 0)
+        self.tally = dict.fromkeys("CRFS", 0)
         self.cells: list[dict[str, Any]] = []
         self.wanted: dict[str, int] = {}  # calls in which a method's schedule asked it to save something
         self.unknown = 0  # calls whose step could not be told
         self.notes: list[str] = []
+        self.attention: dict[str, Any] = {}  # by layer, what a sparse method did: objects with to_dict()
         self.most_bytes = 0
         self._control: Control | None = None
         self._active = False
@@ -201,12 +211,14 @@ class Run:
             steps=self._steps_seen,
             calls=len(self.cells),
             blocks=longest,
-            computed=self.tally["C"],
+            computed=self.tally["C"] + self.tally["S"],
             reused=self.tally["R"],
             forecast=self.tally["F"],
             bytes=self.most_bytes,
             notes=list(self.notes),
             cells=[dict(cell) for cell in self.cells],
+            sparse=self.tally["S"],
+            attention=[row.to_dict() for row in self.attention.values()],
         )
 
     def _enter(self, given: dict[str, Any]) -> None:
@@ -222,7 +234,10 @@ class Run:
         self.call = Call(self, moment, given)
         recomputed = torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False)
         self._active = False
-        if self._control is not None and moment.known and not recomputed:
+        writing = seams.writes_cache(given)
+        if writing:
+            self.note("calls that write a K/V cache were computed in full")
+        if self._control is not None and moment.known and not recomputed and not writing:
             self._active = self._control.started(self.call)
 
     def _leave(self, failed: bool) -> None:
@@ -238,7 +253,7 @@ class Run:
         self._steps_seen += (moment.run, moment.step) not in earlier
         self.cells.append({
             "run": moment.run, "branch": moment.branch, "step": moment.step, "evaluation": moment.evaluation,
-            "states": "".join(call.states),
+            "states": "".join(call.states), **call.remarks,
         })  # fmt: skip
 
     def _visit(

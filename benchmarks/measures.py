@@ -14,7 +14,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from pipelines import compare
 
 
 def mean_squared_error(a: Tensor, b: Tensor) -> float:
@@ -25,8 +26,7 @@ def mean_squared_error(a: Tensor, b: Tensor) -> float:
 
 def psnr(a: Tensor, b: Tensor, *, span: float = 255.0) -> float:
     """Return the peak signal-to-noise ratio in dB of values that span `span`; infinite where they are equal."""
-    error = mean_squared_error(a, b)
-    return math.inf if error == 0 else 10 * math.log10(span**2 / error)
+    return compare.psnr(mean_squared_error(a, b), span)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -36,7 +36,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return 0.0 if difference == 0 else (difference / size if size else math.inf)
 
 
-def ssim(a: Tensor, b: Tensor, *, span: float = 255.0, window: int = 11, sigma: float = 1.5) -> float:
+def ssim(a: Tensor, b: Tensor, *, span: float = 255.0) -> float:
     """Return the mean structural similarity of pictures [B, C, H, W] or [C, H, W], over every colour by itself.
 
     Gaussian window of the paper, only where it lies wholly inside the picture.
@@ -45,23 +45,7 @@ def ssim(a: Tensor, b: Tensor, *, span: float = 255.0, window: int = 11, sigma: 
         ValueError: shapes differ, or a side is smaller than the window.
     """
     x, y = _pair(a, b)
-    if x.dim() == 3:
-        x, y = x[None], y[None]
-    if x.dim() != 4 or min(x.shape[-2:]) < window:
-        raise ValueError(
-            f"pictures must be [B, C, H, W] with sides of {window} or more, got {tuple(a.shape)}"
-        )
-    x, y = x.flatten(0, 1)[:, None], y.flatten(0, 1)[:, None]
-    places = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
-    line = torch.exp(-places.square() / (2 * sigma**2))
-    kernel = torch.outer(line, line)[None, None] / line.sum() ** 2
-    mean_x, mean_y = F.conv2d(x, kernel), F.conv2d(y, kernel)
-    var_x = F.conv2d(x * x, kernel) - mean_x**2
-    var_y = F.conv2d(y * y, kernel) - mean_y**2
-    both = F.conv2d(x * y, kernel) - mean_x * mean_y
-    first, second = (0.01 * span) ** 2, (0.03 * span) ** 2
-    upper = (2 * mean_x * mean_y + first) * (2 * both + second)
-    return float((upper / ((mean_x**2 + mean_y**2 + first) * (var_x + var_y + second))).mean())
+    return compare.ssim(x.numpy(), y.numpy(), span)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

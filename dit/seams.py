@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit._attention_seam import Attending, attention_layers, attention_seam, unseen
 from dit._clock import Clock, Moment
 from dit._streams import Output, Tensors, arguments, match, tensor_arguments, version
 
 __all__ = [
-    "RUN", "Block", "Blocks", "Clock", "Moment", "Output", "Tensors", "Visit", "announce", "arguments", "around_blocks",
-    "around_calls", "blocks_of", "fingerprint", "match", "named_contexts", "observed", "patched", "prompt_of",
-    "tensor_arguments", "timestep_of", "version",
+    "RUN", "Attending", "Block", "Blocks", "Clock", "Moment", "Output", "Tensors", "Visit", "announce", "arguments",
+    "around_blocks", "around_calls", "attention_layers", "attention_seam", "blocks_of", "fingerprint", "match",
+    "named_contexts", "observed", "patched", "prompt_of", "tensor_arguments", "timestep_of", "unseen", "version",
+    "writes_cache",
 ]  # fmt: skip
 
 _ABSENT = object()
@@ -212,6 +214,19 @@ def prompt_of(given: Mapping[str, Any]) -> Tensor | None:
         if isinstance(value, Tensor):
             return value
     return None
+
+
+def writes_cache(given: Mapping[str, Any]) -> bool:
+    """Whether a call may write a K/V cache, as a pass over a reference picture does: then every block must be computed."""
+    cache = next((given[name] for name in ("kv_cache", "kv_caches") if given.get(name) is not None), None)
+    if cache is None:
+        return False
+    flags = given.get("kv_cache_flag")
+    if isinstance(flags, Mapping):
+        return bool(flags.get("is_cache_step", True))
+    layers = [cache[0]] if given.get("kv_cache") is None and hasattr(cache, "__getitem__") else []
+    mode = getattr(layers[0], "mode", None) if layers else given.get("kv_cache_mode")
+    return mode not in ("cached", "inject", "read", "skip")
 
 
 def fingerprint(given: Mapping[str, Any]) -> Any:

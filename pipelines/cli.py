@@ -52,6 +52,44 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, help="show the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     one = _command(commands, "generate", _generate, "make pictures from a prompt")
+    _request_options(one)
+    one.add_argument(
+        "--output", metavar="FILE", help="PNG file or folder (default: a new name in this folder)"
+    )
+    one.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    one.add_argument("--dry-run", action="store_true", help="check everything, make nothing")
+    one = _command(
+        commands, "inspect", _inspect, "show what is in a picture, a weight file or a model folder"
+    )
+    one.add_argument("path", metavar="FILE|FOLDER")
+    one.add_argument(
+        "--timeline", metavar="SVG", help="draw the run of a picture, steps by blocks, into a new file"
+    )
+    one = _command(
+        commands,
+        "compare",
+        _compare,
+        "measure what an accelerator costs and gains, or how far two files differ",
+    )
+    _request_options(one)
+    one.add_argument(
+        "other", nargs="?", metavar="FILE", help="with a file in place of the prompt: the second file"
+    )
+    one.add_argument(
+        "--rounds", default="3", metavar="N", help="timed runs of each kind, taken in turns (default: 3)"
+    )
+    _command(commands, "models", _models, "list the shipped models")
+    _command(commands, "doctor", _doctor, "check this computer")
+    one = _command(commands, "repro", _repro, "remake a picture from its file and compare")
+    one.add_argument("path", metavar="FILE")
+    one.add_argument(
+        "--model", metavar="MODEL", help="the model, where the file names one that is not shipped"
+    )
+    one.add_argument("--image", metavar="FILE", help="the starting picture, where there was one")
+    return parser
+
+
+def _request_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "prompt",
         nargs="?",
@@ -66,24 +104,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME[:KEY=VALUE,...]",
         help="e.g. delta-cache:interval=3; repeatable",
     )
-    one.add_argument(
-        "--output", metavar="FILE", help="PNG file or folder (default: a new name in this folder)"
-    )
-    one.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    one.add_argument("--dry-run", action="store_true", help="check everything, make nothing")
-    one = _command(
-        commands, "inspect", _inspect, "show what is in a picture, a weight file or a model folder"
-    )
-    one.add_argument("path", metavar="FILE|FOLDER")
-    _command(commands, "models", _models, "list the shipped models")
-    _command(commands, "doctor", _doctor, "check this computer")
-    one = _command(commands, "repro", _repro, "remake a picture from its file and compare")
-    one.add_argument("path", metavar="FILE")
-    one.add_argument(
-        "--model", metavar="MODEL", help="the model, where the file names one that is not shipped"
-    )
-    one.add_argument("--image", metavar="FILE", help="the starting picture, where there was one")
-    return parser
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -166,8 +186,42 @@ def _inspect(options: argparse.Namespace) -> int:
     from pipelines.inspection import inspect
 
     found = inspect(Path(options.path).expanduser())
+    if options.timeline:
+        found["timeline"] = _draw(found, Path(options.timeline).expanduser())
     _say(options, _lines(found), found)
     return DONE
+
+
+def _draw(found: dict[str, Any], path: Path) -> str:
+    from pipelines.result import check_target
+    from pipelines.timeline import drawing
+
+    report = found.get("report") or {}
+    try:
+        text = drawing(report.get("run", {}), report.get("summary", ""))
+    except ValueError as error:
+        raise RequestError("timeline", str(path), f"left out here: {error}") from None
+    if path.suffix.lower() != ".svg" or path.exists():
+        raise RequestError("timeline", str(path), "a new file with the ending .svg")
+    check_target(path.absolute().parent)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from pipelines.measure import ROUNDS, compare, files
+
+    if options.other is not None:
+        found = files(options.prompt, options.other)
+        _say(options, str(found), found.to_dict())
+        return DONE
+    if not options.rounds.isdecimal() or not 1 <= int(options.rounds) <= ROUNDS:
+        raise RequestError("rounds", options.rounds, f"a whole number from 1 to {ROUNDS}")
+    request = _request(options)
+    with _progress(options) as on_step:
+        measured = compare(request, request.accelerators, rounds=int(options.rounds), on_step=on_step)
+    _say(options, str(measured), measured.to_dict())
+    return SOME_FAILED if measured.failures else DONE
 
 
 def _models(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,29 +57,50 @@ class Difference:
 
 def difference(a: Image, b: Image) -> Difference:
     """Compare two pictures of one size. Raises: ValueError where the sizes differ."""
-    if a.size != b.size:
-        raise ValueError(f"pictures of {a.size} and {b.size} px cannot be compared")
-    x, y = (np.asarray(one.convert("RGB"), dtype=np.float64) for one in (a, b))
-    error = float(np.mean((x - y) ** 2))
-    psnr = math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
-    return Difference(psnr, ssim(x, y), int(np.abs(x - y).max()))
+    return difference_of_clips([a], [b])
 
 
-def ssim(x: Array, y: Array) -> float:
-    """Mean structural similarity of two pictures [H, W, 3] in 0..255, over full windows."""
+def difference_of_clips(a: Sequence[Image], b: Sequence[Image]) -> Difference:
+    """Compare two clips frame by frame: PSNR of the error over all frames, mean SSIM. Raises: ValueError, see `difference`."""
+    if len(a) != len(b) or not a:
+        raise ValueError(f"clips of {len(a)} and {len(b)} frames cannot be compared")
+    errors, similar, largest = [], [], 0
+    for one, other in zip(a, b, strict=True):
+        if one.size != other.size:
+            raise ValueError(f"pictures of {one.size} and {other.size} px cannot be compared")
+        x, y = (np.asarray(picture.convert("RGB"), dtype=np.float64) for picture in (one, other))
+        errors.append(float(np.mean((x - y) ** 2)))
+        similar.append(ssim(np.moveaxis(x, -1, 0), np.moveaxis(y, -1, 0)))
+        largest = max(largest, int(np.abs(x - y).max()))
+    return Difference(psnr(float(np.mean(errors))), float(np.mean(similar)), largest)
+
+
+def psnr(error: float, span: float = 255.0) -> float:
+    """Return the peak signal-to-noise ratio in dB for a mean squared error of values that span `span`."""
+    return math.inf if error == 0 else 10 * math.log10(span**2 / error)
+
+
+def ssim(x: Array, y: Array, span: float = 255.0) -> float:
+    """Return the mean structural similarity over full windows, every plane by itself: [..., H, W] in float64.
+
+    Raises:
+        ValueError: a side is smaller than the window of 11.
+    """
     offset = np.arange(11) - 5
     weights = np.exp(-(offset**2) / (2 * 1.5**2))
     weights /= weights.sum()
 
     def blurred(z: Array) -> Array:
-        rows = sum(w * z[i : z.shape[0] - 10 + i] for i, w in enumerate(weights))
-        return np.asarray(sum(w * rows[:, i : z.shape[1] - 10 + i] for i, w in enumerate(weights)))
+        rows = sum(w * z[..., i : z.shape[-2] - 10 + i, :] for i, w in enumerate(weights))
+        return np.asarray(sum(w * rows[..., i : z.shape[-1] - 10 + i] for i, w in enumerate(weights)))
 
-    if min(x.shape[:2]) < 11:
-        raise ValueError(f"SSIM needs pictures of at least 11 x 11 px, got {x.shape[1]} x {x.shape[0]}")
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(
+            f"SSIM needs pictures with sides of 11 px or more, got {x.shape[-1]} x {x.shape[-2]}"
+        )
     mean_x, mean_y = blurred(x), blurred(y)
     var_x, var_y = blurred(x * x) - mean_x**2, blurred(y * y) - mean_y**2
     covariance = blurred(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
     top = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     return float(np.mean(top / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))))

@@ -123,6 +123,8 @@ class Court:
     @torch.no_grad()
     def verdicts(self, pixels: Tensor) -> tuple[list[str], list[list[str]]]:
         """Return each picture's style, and the five concepts it is most likely of, best first; uint8 [n, 3, 64, 64]."""
+        if not len(pixels):
+            return [], []
         pairs = [self.judge(part.float() / 127.5 - 1) for part in pixels.split(64)]
         styles = torch.cat([style.argmax(dim=1) for style, _ in pairs]).tolist()
         best = torch.cat([concept.topk(min(5, concept.shape[1])).indices for _, concept in pairs]).tolist()

@@ -99,7 +99,7 @@ def test_shapes_must_be_equal(measure: object) -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match="not empty"):
         psnr(torch.zeros(0), torch.zeros(0))
-    with pytest.raises(ValueError, match="sides of 11"):
+    with pytest.raises(ValueError, match="sides of 11 px"):
         ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="2 or more"):
         frechet_distance(torch.zeros(1, 3), torch.zeros(4, 3))

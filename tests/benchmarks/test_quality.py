@@ -55,6 +55,7 @@ def pictures() -> Pictures:
         keywords = ["puppy"] if concept == "dog" else None
         rows.append(
             {"caption": caption, "concept": concept, "style": style, "split": split, "keywords": keywords}
+            | {"subgroup": "any"}
         )
         pixels.append(drawing(concept, style))
     rows.append(rows[0] | {"style": "blob", "split": "val_pair"})

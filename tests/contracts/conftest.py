@@ -1,16 +1,21 @@
 """`tiny`: one tiny random transformer of each family, with its inputs and a small sampler.
 
-`TABLE` names a class of diffusers, a small configuration and its inputs; add a row to put another family under all
-the contracts.
+`TABLE` names a class of diffusers, a small configuration and its inputs; the table_*.py beside this file name all other
+classes. `KINDS` are put under all the contracts, every class goes through `test_every_transformer.py`.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +33,8 @@ class Family:
     )
     time: str = "timestep"
     joins: int = 0  # places where one stack of blocks ends in a concatenation
+    call: Callable[[Any, dict[str, Any], float], Any] | None = None  # (model, arguments, time) -> output
+    home: str = "diffusers.models.transformers"
 
 
 def _ids(count: int, axes: int = 3) -> Tensor:
@@ -220,18 +227,45 @@ TABLE: dict[str, Family] = {
 }
 
 
+def load(name: str) -> ModuleType:
+    """Return the module of a file beside this one, whatever the folder is called."""
+    place = importlib.util.spec_from_file_location(
+        f"contracts_{name}", Path(__file__).with_name(f"{name}.py")
+    )
+    assert place is not None
+    assert place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def every() -> dict[str, Family]:
+    """Return the rows of all tables: every class that runs at tiny size."""
+    files = sorted(path.stem for path in Path(__file__).parent.glob("table_*.py"))
+    return TABLE | {name: Family(**row) for file in files for name, row in load(file).TABLE.items()}
+
+
+@functools.cache
+def _built(name: str) -> Any:
+    family = every()[name]
+    torch.manual_seed(0)
+    model = getattr(importlib.import_module(family.home), name)(**family.config).eval()
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # some of the classes begin as the identity
+        parameter.data.normal_(0, 0.2, generator=draw)
+    return model
+
+
 class Tiny:
     """A tiny random transformer of a family, with its inputs and a small sampler."""
 
     steps = 8
 
     def __init__(self, name: str) -> None:
-        self.family = TABLE[name]
-        self.draw = torch.Generator().manual_seed(1)
-        torch.manual_seed(0)
-        self.model: Any = getattr(diffusers, name)(**self.family.config).eval()
-        for parameter in self.model.parameters():  # some of the classes begin as the identity
-            parameter.data.normal_(0, 0.2, generator=self.draw)
+        self.family = every()[name]
+        self.draw = torch.Generator().manual_seed(2)
+        self.model: Any = copy.deepcopy(_built(name))
 
     def inputs(self, images: int = 1, rows: int = 4) -> dict[str, Any]:
         return self.family.inputs(lambda *shape: torch.randn(*shape, generator=self.draw), images, rows)
@@ -242,6 +276,9 @@ class Tiny:
 
     @torch.no_grad()
     def call(self, given: dict[str, Any], time: float) -> Tensor:
+        if self.family.call is not None:
+            output = self.family.call(self.model, given, time)
+            return torch.stack(output) if isinstance(output, list) else output
         images = len(next(iter(given.values())))
         output = self.model(**given, **{self.family.time: torch.full((images,), time)}, return_dict=False)[0]
         return torch.stack(output) if isinstance(output, list) else output
@@ -257,6 +294,24 @@ class Tiny:
         return outputs
 
 
-@pytest.fixture(params=TABLE)
+# One of each kind: two stacks of blocks, a join between them, a block that ends a stream, lists for inputs, a clip.
+KINDS = (
+    "FluxTransformer2DModel", "Flux2Transformer2DModel", "SD3Transformer2DModel", "ZImageTransformer2DModel",
+    "WanTransformer3DModel",
+)  # fmt: skip
+
+
+@pytest.fixture(params=KINDS)
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return Tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def tables() -> Any:
+    """`every` row, `load` a file beside this one, and `build` a tiny transformer by its class's name."""
+
+    class Tables:
+        rows, build = staticmethod(every), Tiny
+        load = staticmethod(load)
+
+    return Tables

@@ -24,7 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 
 def neutral(cls: type[Accelerator]) -> Accelerator:
     """Return the settings of a method that change nothing."""
-    found = {"delta-cache": {"interval": 1}}[cls.name]
+    found = {
+        "delta-cache": {"interval": 1},
+        "taylor-cache": {"interval": 1},
+        "adaspa": {"density": 1.0},
+        "xattention": {"threshold": 1.0},
+    }[cls.name]
     method = cls(**found)
     assert method.neutral
     return method
@@ -33,8 +38,19 @@ def neutral(cls: type[Accelerator]) -> Accelerator:
 def eager(cls: type[Accelerator]) -> list[Accelerator]:
     """Return settings of a method that save much in few steps, one for each way it can work."""
     modes = ("stage", "rear", "front", "whole")
-    found = {"delta-cache": [{"interval": 3, "warmup": 1, "final_full": 1, "mode": mode} for mode in modes]}
-    return [cls(**settings) for settings in found[cls.name]]
+    few = {"interval": 3, "warmup": 1, "final_full": 1}
+    found: dict[str, list[dict[str, Any]]] = {
+        "delta-cache": [few | {"mode": mode} for mode in modes]
+        + [{"mode": "whole", "warmup": 1, "gate": "first-block", "threshold": 5.0, "limit": 2}],
+        "taylor-cache": [
+            few | {"fresh": 0, "order": 0},
+            few | {"variable": "sigma", "order": 2, "offload": True},
+            {"warmup": 2, "gate": "confidence", "threshold": 5.0, "limit": 2},
+            {"warmup": 2, "gate": "spectral", "threshold": 5.0, "limit": 2},
+        ],
+    }
+    # Methods that decide about something else than blocks are in test_sparse_accelerators.py.
+    return [cls(**settings) for settings in found.get(cls.name, ())]
 
 
 METHODS = list(kinds(Accelerator).values())

@@ -309,3 +309,51 @@ def test_output_cut_off_by_its_reader_is_no_error(tiny: str) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("kind")
     assert "Traceback" not in done.stderr
+
+
+def test_compare_measures_an_accelerator(run: Run) -> None:
+    code, out, err = run(
+        "compare", "a cat", "--model", "TINY", "--steps", "5", "--rounds", "1", "--accelerate", "delta-cache:warmup=1", "--json"
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["rounds"] == 1
+    assert found["run"]["reused"] > 0
+    assert found["verdict"]
+    assert not list(Path().glob("*.png"))
+
+
+def test_compare_of_two_files(run: Run) -> None:
+    Image.new("RGB", (16, 16), (10, 10, 10)).save("a.png")
+    Image.new("RGB", (16, 16), (34, 34, 34)).save("b.png")
+    code, out, _ = run("compare", "a.png", "b.png", "--json")
+    assert code == 0
+    assert json.loads(out)["psnr_db"] == 20.53
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a cat", "--model", "TINY"], "at least one"),
+        (["a cat", "--model", "TINY", "--accelerate", "delta-cache", "--rounds", "0"], "rounds must be"),
+        (["a.png", "b.png"], "readable"),
+    ],
+)
+def test_compare_refuses(arguments: list[str], words: str, run: Run) -> None:
+    code, _, err = run("compare", *arguments)
+    assert code == 1
+    assert words in err
+
+
+def test_inspect_draws_the_run(run: Run) -> None:
+    assert (
+        run("generate", "a cat", "--model", "TINY", "--steps", "5", "--accelerate", "delta-cache:warmup=1")[0]
+        == 0
+    )
+    code, _, err = run("inspect", "a-cat-0.png", "--timeline", "run.svg", "--json")
+    assert code == 0, err
+    assert 'data-reused="' in Path("run.svg").read_text()
+    for target in ("run.svg", "run.txt"):
+        code, _, err = run("inspect", "a-cat-0.png", "--timeline", target)
+        assert code == 1
+        assert "a new file with the ending .svg" in err
