@@ -35,6 +35,8 @@ format: $(VENV)/.installed-dev ## let ruff format the code and fix what it can
 
 train-emoji: $(VENV)/.installed ## train the shipped model again, into runs/emoji; go on after a stop (options: TRAIN="--minutes 60")
 	$(PY) -m training.train training/recipes/emoji.toml --out runs/emoji $(TRAIN)
+	$(PY) -m training.enlarge training/recipes/emoji-enlarger.toml --out runs/enlarger
+	$(PY) -m training.ship training/recipes/emoji.toml --transformer runs/emoji/transformer --codec runs/enlarger --out pipelines/checkpoints/emoji
 
 figures: $(VENV)/.installed ## measure the figures again on this machine
 	$(PY) -m benchmarks.figures
