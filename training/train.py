@@ -136,7 +136,7 @@ class Trainer:
         self.train = prepare(pictures.only([r["split"] == "train" for r in pictures.rows]), self.recipe, self.device)
         self.held = prepare(pictures.only([r["split"] == "val_pair" for r in pictures.rows]), self.recipe, self.device)
         tokenizer, encoder = load_minilm()
-        prompts = encode(tokenizer, encoder, ["", *SHEET], length=self.recipe["data"]["text_tokens"])
+        prompts = encode(tokenizer, encoder.to(self.device), ["", *SHEET], length=self.recipe["data"]["text_tokens"])
         first = (self.train.pixels[:1], self.train.latents[:1])
         self.sheet = Batches(*first, prompts.tokens, prompts.mask, prompts.pooled, torch.zeros(1, 1))
         print(f"{len(self.train.latents)} pictures to learn, {len(self.held.latents)} held out", file=sys.stderr)
