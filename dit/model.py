@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dit.embeddings import Rotary
 from dit.grid import Grid
+from dit.routing import RouteDecision
 from dit.spec import Spec
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -25,13 +26,31 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a mixer may know beside its tokens: the grid, positions, the prompt and the conditioning vector."""
+    """What the slots of a block may know beside its tokens.
 
-    grid: Grid
+    Attributes:
+        grid: the places of the picture's tokens, None where the tokens are a prompt's.
+        emb: conditioning [B, D] or [B, N, D], of time and class or prompt.
+        time: embedding of the time alone [B, D] or [B, N, D].
+        timestep: the time as the network was given it, [B] or [B, N].
+        rotary: positions.
+        text: text tokens [B, L, D] that a mixer may hear.
+        mask: keys that may be heard, broadcast to [B, K, N, M].
+        length: how many text tokens stand before the picture's in the sequence at hand.
+        residual: the stream before the norm of the perceptron [B, N, D], for experts that look at it.
+        route: what the block's router decided for this call.
+    """
+
+    grid: Grid | None
     emb: Tensor
+    time: Tensor | None = None
+    timestep: Tensor | None = None
     rotary: Rotary | None = None
     text: Tensor | None = None
     mask: Tensor | None = None
+    length: int = 0
+    residual: Tensor | None = None
+    route: RouteDecision | None = None
     attention_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -82,7 +101,9 @@ def register_specs(init: Init) -> Init:
     return wrapper  # type: ignore[return-value]
 
 
-def register_block(block: type[nn.Module], *, hidden_states: int, encoder_hidden_states: int | None = None) -> None:
+def register_block(
+    block: type[nn.Module], *, hidden_states: int, encoder_hidden_states: int | None = None
+) -> None:
     """Tell diffusers' caches at which places of its output a block returns its streams (0 and None: a bare tensor).
 
     Not by `TransformerBlockRegistry.register`, which first imports thirty transformers; diffusers does that when a cache is

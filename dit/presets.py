@@ -49,7 +49,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Preset name -> `backbone` (the module of `dit.backbones`) and the arguments of its class."""
 
-_CLASSES = {"dit": "DiT", "mmdit": "MMDiT"}
+BACKBONES = {"dit": "DiT", "mmdit": "MMDiT"}
+"""Module of `dit.backbones` -> the class of the network in it."""
+
+
+def backbone_class(name: str) -> Any:
+    """Return the class of a backbone by the name of its module. Raises: ValueError naming those there are."""
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}; there are: {', '.join(BACKBONES)}")
+    return getattr(importlib.import_module(f"dit.backbones.{name}"), BACKBONES[name])
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -68,8 +76,7 @@ def build(name: str, **changes: Any) -> Any:
     Raises: ValueError for an unknown preset, naming the nearest one, or for changes that do not fit.
     """
     chosen = settings(name)
-    backbone = chosen.pop("backbone")
-    cls = getattr(importlib.import_module(f"dit.backbones.{backbone}"), _CLASSES[backbone])
+    cls = backbone_class(chosen.pop("backbone"))
     unknown = sorted(set(changes) - set(cls._get_init_keys(cls)))
     if unknown:
         raise ValueError(f"{name}: {cls.__name__} has no setting {unknown[0]!r}")

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from dit.backbones.mmdit import MMDiT
 from dit.codec import ResampleCodec
+from dit.presets import backbone_class
 from pipelines.text_to_image import MINILM, TextToImagePipeline
 from training.data import STYLES, choose, load_pictures
 
@@ -72,7 +72,7 @@ def card(recipe: dict[str, Any], seen: int, parameters: int) -> dict[str, Any]:
 
 def ship(recipe: dict[str, Any], transformer: Path, codec: Path | None, out: Path) -> None:
     """Write the folder beside its place, then put it there."""
-    model = MMDiT.from_pretrained(transformer, torch_dtype=torch.bfloat16)
+    model = backbone_class(recipe["model"]["backbone"]).from_pretrained(transformer, torch_dtype=torch.bfloat16)
     enlarger = None if codec is None else ResampleCodec.from_pretrained(codec, torch_dtype=torch.bfloat16)
     pipeline = TextToImagePipeline(
         model, FlowMatchEulerDiscreteScheduler(), codec=enlarger, text_model=MINILM, text_length=64

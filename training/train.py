@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dit.backbones.mmdit import MMDiT
+from dit.presets import backbone_class
 from dit.text import encode, load_minilm
 from training.data import Pictures, choose, load_pictures, wording
 from training.objectives import FlowMatching, euler
@@ -112,7 +112,8 @@ class Trainer:
         run, optimizer = recipe["run"], recipe["optimizer"]
         torch.manual_seed(run["seed"])
         size = {k: v for k, v in recipe["model"].items() if k != "backbone"}
-        model = MMDiT(**size) if start is None else MMDiT.from_pretrained(start)
+        kind = backbone_class(recipe["model"]["backbone"])
+        model = kind(**size) if start is None else kind.from_pretrained(start)
         self.master = Master(
             model.to(self.device), **{k: optimizer[k] for k in ("name", "rate", "matrix_rate", "decay", "ema")}
         )
@@ -161,7 +162,7 @@ class Trainer:
         noise = torch.randn(latents.shape, generator=self.dice).to(self.device)
         times = self.objective.times(len(latents), self.dice).to(self.device)
         loss = self.objective.losses(self._denoiser(prompts), latents, noise, times).mean()
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss + sum(self.model.auxiliary_losses().values()))
         self.master.step(self.factor(), self.recipe["optimizer"]["clip"])
         self.seen += len(latents) * self.accelerator.num_processes
         return float(loss.detach())
@@ -227,7 +228,7 @@ class Trainer:
 
     def _denoiser(self, prompts: dict[str, Tensor]) -> Any:
         def denoise(noisy: Tensor, times: Tensor) -> Tensor:
-            return self.model(noisy, times * 1000, **prompts, return_dict=False)[0]  # type: ignore[no-any-return]
+            return self.model(noisy, times * 1000, **prompts, return_dict=False)[0]
 
         return denoise
 

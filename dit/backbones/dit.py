@@ -8,6 +8,7 @@ direction of time (its own is the opposite); guidance acts on all channels unles
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
@@ -40,17 +41,25 @@ class DiTBlock(nn.Module):
         self.modulation = modulation.build(width, 6)
         self.attn = mixer.build(width, heads)
         self.ff = experts.build(width, hidden)
+        self.router = experts.router(width, heads, hidden)
 
     def forward(self, hidden_states: Tensor, temb: Tensor, context: Context) -> Tensor:
         """Tokens [B, N, D] and conditioning [B, D] or [B, N, D] -> [B, N, D]."""
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(temb)
-        hidden_states = hidden_states + gate * self.attn(
-            modulate(self.norm1(hidden_states), shift, scale), context
+        if temb is not context.emb:
+            context = dataclasses.replace(context, emb=temb)
+        streams = {"hidden_states": hidden_states}
+        streams = (
+            self._body(streams, context) if self.router is None else self.router(self._body, streams, context)
         )
-        hidden_states = hidden_states + gate_ff * self.ff(
-            modulate(self.norm2(hidden_states), shift_ff, scale_ff)
-        )
+        hidden_states = streams["hidden_states"]
         return hidden_states  # noqa: RET504 - by this name the seams know which stream it is
+
+    def _body(self, streams: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
+        x = streams["hidden_states"]  # [B, N, D]
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(context.emb)  # each [B, 1 or N, D]
+        x = x + gate * self.attn(hidden_states=modulate(self.norm1(x), shift, scale), context=context)
+        inner = modulate(self.norm2(x), shift_ff, scale_ff)
+        return {"hidden_states": x + gate_ff * self.ff(inner, dataclasses.replace(context, residual=x))}
 
 
 class DiT(Backbone):
@@ -142,8 +151,12 @@ class DiT(Backbone):
         x = self.x_embedder(hidden_states.to(dtype)) + sincos_2d(self.config.width, grid, device).to(
             dtype
         )  # [B, N, D]
-        temb = self._conditioning(timestep, class_labels, dtype)  # [B, D] or [B, N, D]
-        context = Context(grid, temb, attention_kwargs=joint_attention_kwargs or {})
+        time = self._time(timestep, dtype)  # [B, D] or [B, N, D]
+        label = self.label_embed(class_labels)  # [B, D]
+        temb = time + (label if time.dim() == 2 else label.unsqueeze(1))
+        context = Context(
+            grid, temb, time=time, timestep=timestep, attention_kwargs=joint_attention_kwargs or {}
+        )
         for block in self.transformer_blocks:
             x = self._run(block, hidden_states=x, temb=temb, context=context)  # [B, N, D]
         shift, scale = self.modulation_out(temb)
@@ -164,15 +177,16 @@ class DiT(Backbone):
             yield part(self, f"transformer_blocks.{i}.modulation", "modulation", 1)
             yield part(self, f"transformer_blocks.{i}.attn", "attention", grid.tokens)
             yield part(self, f"transformer_blocks.{i}.ff", "mlp", grid.tokens)
+            if self.transformer_blocks[i].router is not None:
+                yield part(self, f"transformer_blocks.{i}.router", "mlp", grid.tokens)
         yield part(self, "modulation_out", "modulation", 1)
         yield part(self, "proj_out", "embed", grid.tokens)
 
-    def _conditioning(self, timestep: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    def _time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         if self.config.convention == "sit":
             timestep = 1 - timestep / 1000
-        temb: Tensor = self.time_embed(timestep, dtype)
-        label = self.label_embed(labels)
-        return temb + (label if temb.dim() == 2 else label.unsqueeze(1))
+        time: Tensor = self.time_embed(timestep, dtype)
+        return time
 
     def _start(self, mixer: Mixer, experts: Experts) -> None:
         """Draw the weights as the paper does; slots other than the plain ones start as they like."""

@@ -17,13 +17,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from dit.attention import Attention
 from dit.embeddings import PooledProjection, Rotary, TimeEmbedding, rotary, sincos_2d
-from dit.experts.dense import Experts
+from dit.experts.dense import Dense, Experts
 from dit.grid import Grid
 from dit.layers import PatchEmbed, PatchOut, PlainNorm
 from dit.ledger import Part, part
-from dit.model import Backbone, register_block, register_specs
+from dit.mixers.full import Mixer
+from dit.model import Backbone, Context, register_block, register_specs
 from dit.modulation import Modulation, modulate
 from dit.spec import parse
 
@@ -41,6 +41,7 @@ class DualBlock(nn.Module):
         hidden: int,
         qk_norm: bool,
         pre_only: bool,
+        mixer: Mixer,
         experts: Experts,
         modulation: Modulation,
     ) -> None:
@@ -49,78 +50,102 @@ class DualBlock(nn.Module):
         self.norm1, self.norm1_context, self.norm2 = PlainNorm(width), PlainNorm(width), PlainNorm(width)
         self.modulation = modulation.build(width, 6)
         self.modulation_context = modulation.build(width, 2 if pre_only else 6)
-        self.attn = Attention(width, heads, qk_norm=qk_norm, joint=True, context_pre_only=pre_only)
+        self.attn = mixer.build_joint(width, heads, qk_norm=qk_norm, context_pre_only=pre_only)
         self.ff = experts.build(width, hidden)
+        self.router = experts.router(width, heads, hidden)
         if not pre_only:
             self.norm2_context = PlainNorm(width)
             self.ff_context = experts.build(width, hidden)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Rotary | None = None,
-        attention_mask: Tensor | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, context: Context
     ) -> Streams:
-        """Image [B, N, D], text [B, L, D], conditioning [B, D] -> (text, image), in FLUX's order."""
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(temb)
-        text_temb = temb if temb.dim() == 2 else temb.mean(dim=1)
-        text = self.modulation_context(text_temb)
+        """Image [B, N, D], text [B, L, D], conditioning [B, D] or [B, N, D] -> (text, image), in FLUX's order."""
+        if temb is not context.emb:
+            context = dataclasses.replace(context, emb=temb)
+        streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+        streams = (
+            self._body(streams, context) if self.router is None else self.router(self._body, streams, context)
+        )
+        encoder_hidden_states, hidden_states = streams["encoder_hidden_states"], streams["hidden_states"]
+        return encoder_hidden_states, hidden_states
+
+    def _body(self, streams: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
+        image, words = streams["hidden_states"], streams["encoder_hidden_states"]  # [B, N, D], [B, L, D]
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(context.emb)
+        text = self.modulation_context(context.emb if context.emb.dim() == 2 else context.emb.mean(dim=1))
         attended = self.attn(
-            hidden_states=modulate(self.norm1(hidden_states), shift, scale),
-            encoder_hidden_states=modulate(self.norm1_context(encoder_hidden_states), text[0], text[1]),
-            attention_mask=attention_mask,
-            image_rotary_emb=image_rotary_emb,
-            **(joint_attention_kwargs or {}),
+            hidden_states=modulate(self.norm1(image), shift, scale),
+            encoder_hidden_states=modulate(self.norm1_context(words), text[0], text[1]),
+            context=context,
         )
         attended, attended_text = (attended, None) if self.pre_only else attended
-        hidden_states = hidden_states + gate * attended
-        hidden_states = hidden_states + gate_ff * self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+        image = image + gate * attended
+        inner = modulate(self.norm2(image), shift_ff, scale_ff)
+        image = image + gate_ff * self.ff(inner, dataclasses.replace(context, residual=image))
         if not self.pre_only:
-            encoder_hidden_states = encoder_hidden_states + text[2] * attended_text
-            inner = modulate(self.norm2_context(encoder_hidden_states), text[3], text[4])
-            encoder_hidden_states = encoder_hidden_states + text[5] * self.ff_context(inner)
-        return encoder_hidden_states, hidden_states
+            words = words + text[2] * attended_text
+            inner = modulate(self.norm2_context(words), text[3], text[4])
+            alone = dataclasses.replace(context, grid=None, residual=words)
+            words = words + text[5] * self.ff_context(inner, alone)
+        return {"hidden_states": image, "encoder_hidden_states": words}
 
 
 class SingleBlock(nn.Module):
-    """One stream of text and image tokens; attention and perceptron side by side on one norm, one map out (FLUX)."""
+    """One stream of text and image tokens; attention and perceptron side by side on one norm, one map out (FLUX).
 
-    def __init__(self, width: int, heads: int, *, hidden: int, qk_norm: bool, modulation: Modulation) -> None:
+    Experts other than the plain perceptron have a map out of their own, so that of the attention stands alone.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        hidden: int,
+        qk_norm: bool,
+        mixer: Mixer,
+        experts: Experts,
+        modulation: Modulation,
+    ) -> None:
         super().__init__()
+        plain = isinstance(experts, Dense) and experts.activation == "gelu-approximate"
         self.norm = PlainNorm(width)
         self.modulation = modulation.build(width, 3)
-        self.attn = Attention(width, heads, qk_norm=qk_norm, pre_only=True)
-        self.proj_mlp = nn.Linear(width, hidden)
-        self.act_mlp = nn.GELU(approximate="tanh")
-        self.proj_out = nn.Linear(width + hidden, width)
+        self.attn = mixer.build(width, heads, qk_norm=qk_norm, pre_only=True)
+        self.proj_mlp = nn.Linear(width, hidden) if plain else None
+        self.act_mlp = nn.GELU(approximate="tanh") if plain else None
+        self.ff = None if plain else experts.build(width, hidden)
+        self.proj_out = nn.Linear(width + hidden if plain else width, width)
+        self.router = experts.router(width, heads, hidden)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Rotary | None = None,
-        attention_mask: Tensor | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, context: Context
     ) -> Streams:
         """Image [B, N, D], text [B, L, D], conditioning [B, D] or [B, N, D] -> (text, image)."""
         text = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         if temb.dim() == 3:
             temb = torch.cat([temb.mean(dim=1, keepdim=True).expand(-1, text, -1), temb], dim=1)
-        shift, scale, gate = self.modulation(temb)
-        inner = modulate(self.norm(joint), shift, scale)
-        attended = self.attn(
-            hidden_states=inner,
-            attention_mask=attention_mask,
-            image_rotary_emb=image_rotary_emb,
-            **(joint_attention_kwargs or {}),
+        context = dataclasses.replace(context, emb=temb, length=text)
+        streams = {"hidden_states": joint}
+        streams = (
+            self._body(streams, context) if self.router is None else self.router(self._body, streams, context)
         )
-        joint = joint + gate * self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(inner))], dim=-1))
+        joint = streams["hidden_states"]
         return joint[:, :text], joint[:, text:]
+
+    def _body(self, streams: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
+        x = streams["hidden_states"]  # [B, L + N, D]
+        shift, scale, gate = self.modulation(context.emb)
+        inner = modulate(self.norm(x), shift, scale)
+        attended = self.attn(hidden_states=inner, context=context)
+        if self.proj_mlp is None or self.act_mlp is None:
+            assert self.ff is not None
+            added = self.proj_out(attended) + self.ff(inner, dataclasses.replace(context, residual=x))
+        else:
+            added = self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(inner))], dim=-1))
+        return {"hidden_states": x + gate * added}
 
 
 class MMDiT(Backbone):
@@ -137,7 +162,7 @@ class MMDiT(Backbone):
         rope_axes: rotary channels of frame, row, column (their sum is the head size); None splits rows and columns evenly.
         guidance_embeds: take the guidance scale as an input (distilled models).
         prediction_type: "velocity", or "sample" where the last layer predicts the clean picture.
-        experts, modulation: settings of the block slots.
+        mixer, experts, modulation: settings of the block slots.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -166,6 +191,7 @@ class MMDiT(Backbone):
         rope_theta: float = 10000.0,
         guidance_embeds: bool = False,
         prediction_type: Literal["velocity", "sample"] = "velocity",
+        mixer: Mixer | dict[str, Any] | str = "full",
         experts: Experts | dict[str, Any] | str = "dense",
         modulation: Modulation | dict[str, Any] | str = "adaln-zero",
     ) -> None:
@@ -173,23 +199,22 @@ class MMDiT(Backbone):
         self.axes = _check(width, heads, dual_depth + single_depth, position, rope_axes, prediction_type)
         self.out_channels = out_channels or in_channels
         patch, hidden = (1, patch_size, patch_size), int(width * mlp_ratio)
-        slots: dict[str, Any] = {"hidden": hidden, "qk_norm": qk_norm, "modulation": parse(Modulation, modulation)}
+        slots: dict[str, Any] = {
+            "hidden": hidden, "qk_norm": qk_norm, "mixer": parse(Mixer, mixer), "experts": parse(Experts, experts),
+            "modulation": parse(Modulation, modulation),
+        }  # fmt: skip
         self.x_embedder = PatchEmbed(in_channels, width, patch)
         self.context_embedder = nn.Linear(context_dim, width)
         self.time_embed = TimeEmbedding(width)
         self.guidance_embed = TimeEmbedding(width) if guidance_embeds else None
         self.text_embed = PooledProjection(pooled_dim, width) if pooled_dim else None
         self.transformer_blocks = nn.ModuleList(
-            DualBlock(
-                width,
-                heads,
-                pre_only=single_depth == 0 and i == dual_depth - 1,
-                experts=parse(Experts, experts),
-                **slots,
-            )
+            DualBlock(width, heads, pre_only=single_depth == 0 and i == dual_depth - 1, **slots)
             for i in range(dual_depth)
         )
-        self.single_transformer_blocks = nn.ModuleList(SingleBlock(width, heads, **slots) for _ in range(single_depth))
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(width, heads, **slots) for _ in range(single_depth)
+        )
         self.norm_out = PlainNorm(width)
         self.modulation_out = slots["modulation"].build(width, 2)
         self.proj_out = PatchOut(width, self.out_channels, patch)
@@ -230,19 +255,25 @@ class MMDiT(Backbone):
         if self.config.position != "rope":
             image = image + sincos_2d(self.config.width, grid, device).to(dtype)
         text = self.context_embedder(encoder_hidden_states.to(dtype))
-        temb = self._conditioning(timestep, pooled_projections, guidance, dtype)
-        inputs: dict[str, Any] = {
-            "temb": temb,
-            "image_rotary_emb": self._rotary(grid, text.shape[1], device),
-            "attention_mask": _joint_mask(encoder_attention_mask, grid.tokens),
-            "joint_attention_kwargs": joint_attention_kwargs,
-        }
+        time = self.time_embed(timestep, dtype)
+        temb = self._conditioning(time, pooled_projections, guidance, dtype)
+        context = Context(
+            grid,
+            temb,
+            time=time,
+            timestep=timestep,
+            rotary=self._rotary(grid, text.shape[1], device),
+            mask=_joint_mask(encoder_attention_mask, grid.tokens),
+            attention_kwargs=joint_attention_kwargs or {},
+        )
         for blocks, added in (
             (self.transformer_blocks, controlnet_block_samples),
             (self.single_transformer_blocks, controlnet_single_block_samples),
         ):
             for i, block in enumerate(blocks):
-                text, image = self._run(block, hidden_states=image, encoder_hidden_states=text, **inputs)
+                text, image = self._run(
+                    block, hidden_states=image, encoder_hidden_states=text, temb=temb, context=context
+                )
                 if added:
                     image = image + added[i * len(added) // len(blocks)]
         shift, scale = self.modulation_out(temb)
@@ -265,13 +296,16 @@ class MMDiT(Backbone):
             yield part(self, f"{path}.ff", "mlp", grid.tokens)
             if not dual.pre_only:
                 yield part(self, f"{path}.ff_context", "mlp", text)
+            if dual.router is not None:
+                yield part(self, f"{path}.router", "mlp", grid.tokens, text)
         for i in range(len(self.single_transformer_blocks)):
             yield from _single_costs(self, f"single_transformer_blocks.{i}", grid.tokens + text)
         yield part(self, "modulation_out", "modulation", 1)
         yield part(self, "proj_out", "embed", grid.tokens)
 
-    def _conditioning(self, timestep: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
-        temb: Tensor = self.time_embed(timestep, dtype)
+    def _conditioning(
+        self, temb: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         parts: list[Tensor] = []
         if self.guidance_embed is not None:
             if guidance is None:
@@ -297,7 +331,9 @@ class MMDiT(Backbone):
         if noise_level.dim() == 2:
             grid = Grid.of(noisy, self.x_embedder.patch)
             noise_level = noise_level.reshape(-1, 1, grid.height, grid.width)
-            noise_level = noise_level.repeat_interleave(self.config.patch_size, 2).repeat_interleave(self.config.patch_size, 3)
+            noise_level = noise_level.repeat_interleave(self.config.patch_size, 2).repeat_interleave(
+                self.config.patch_size, 3
+            )
         else:
             noise_level = noise_level.reshape(-1, 1, 1, 1)
         return (noisy - output.to(noisy.dtype)) / noise_level.clamp_min(SMALLEST_NOISE)
@@ -307,6 +343,13 @@ def _single_costs(model: MMDiT, path: str, rows: int) -> Iterator[Part]:
     """The costs of a single-stream block; its map out is shared by attention and perceptron, and so is its cost."""
     yield part(model, f"{path}.modulation", "modulation", 1)
     yield part(model, f"{path}.attn", "attention", rows)
+    block: Any = model.get_submodule(path)
+    if block.router is not None:
+        yield part(model, f"{path}.router", "mlp", rows)
+    if block.ff is not None:
+        yield part(model, f"{path}.ff", "mlp", rows)
+        yield part(model, f"{path}.proj_out", "attention", rows)
+        return
     yield part(model, f"{path}.proj_mlp", "mlp", rows)
     both = part(model, f"{path}.proj_out", "mlp", rows)
     width = int(model.config.width)
@@ -340,7 +383,9 @@ def _check(
     size = width // heads
     found = tuple(axes) if axes is not None else (0, size // 2, size // 2)
     if position != "sincos" and (len(found) != 3 or sum(found) != size or any(part % 2 for part in found)):
-        raise ValueError(f"MMDiT: rope_axes are three even counts adding up to the head size {size}, got {found}")
+        raise ValueError(
+            f"MMDiT: rope_axes are three even counts adding up to the head size {size}, got {found}"
+        )
     return found[0], found[1], found[2]
 
 

@@ -5,10 +5,15 @@ Paper: Attention Is All You Need, Vaswani et al. 2017, arXiv:1706.03762.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from diffusers.models.attention import FeedForward
-from torch import nn
+from torch import Tensor, nn
 
 from dit.spec import Spec, knob, spec
+
+if TYPE_CHECKING:
+    from dit.model import Context
 
 
 class Experts(Spec):
@@ -17,8 +22,17 @@ class Experts(Spec):
     __slots__ = ()
 
     def build(self, width: int, hidden: int) -> nn.Module:
-        """Return a module [B, N, D] -> [B, N, D] with about `hidden` inner channels."""
+        """Return a module (x [B, N, D], Context | None) -> [B, N, D] with about `hidden` inner channels."""
         raise NotImplementedError
+
+    def router(self, width: int, heads: int, hidden: int) -> nn.Module | None:
+        """Return what decides about a whole block, or None where nothing does.
+
+        It is called in the block's place as (body, streams, Context) -> streams, streams being a dictionary of tensors
+        [B, N, D] by name (`hidden_states`, in dual-stream blocks `encoder_hidden_states` too); `body(streams, Context)` is the
+        block itself. What attention and perceptron must know goes into the context as `route`.
+        """
+        return None
 
 
 @spec("dense", paper="Attention Is All You Need, arXiv:1706.03762")
@@ -26,8 +40,19 @@ class Dense(Experts):
     """One perceptron, always on."""
 
     activation: str = knob(
-        "gelu-approximate", "Activation", choices=("gelu-approximate", "gelu", "geglu", "swiglu", "linear-silu")
+        "gelu-approximate",
+        "Activation",
+        choices=("gelu-approximate", "gelu", "geglu", "swiglu", "linear-silu"),
     )
 
     def build(self, width: int, hidden: int) -> nn.Module:
-        return FeedForward(width, inner_dim=hidden, activation_fn=self.activation)
+        return Perceptron(width, inner_dim=hidden, activation_fn=self.activation)
+
+
+class Perceptron(FeedForward):
+    """diffusers' feed-forward layer in the slot of a block; it asks for nothing beside its tokens."""
+
+    def forward(self, hidden_states: Tensor, context: Context | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        out: Tensor = super().forward(hidden_states)
+        return out

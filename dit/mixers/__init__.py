@@ -1,1 +1,7 @@
-"""How tokens hear each other: one mixer a file."""
+"""How tokens hear each other: one mixer a file. Importing the package registers them all."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

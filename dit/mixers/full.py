@@ -5,9 +5,12 @@ Paper: Attention Is All You Need, Vaswani et al. 2017, arXiv:1706.03762.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from dit.attention import Attention
+from dit.embeddings import Rotary
 from dit.model import Context
 from dit.spec import Spec, knob, spec
 
@@ -17,9 +20,26 @@ class Mixer(Spec):
 
     __slots__ = ()
 
-    def build(self, width: int, heads: int) -> nn.Module:
-        """Return a module (x [B, N, D], Context) -> [B, N, D]."""
+    def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
+        """Return a module, called (hidden_states= [B, N, D], context=) -> [B, N, D].
+
+        Where `context.length` is not 0, that many text tokens stand first in x. `pre_only` leaves out the map at the end, for
+        blocks that have one of their own.
+        """
         raise NotImplementedError
+
+    def build_joint(
+        self, width: int, heads: int, *, qk_norm: bool = False, context_pre_only: bool = False
+    ) -> nn.Module:
+        """Return a module, called (hidden_states= [B, N, D], encoder_hidden_states= [B, L, D], context=) -> (image, text).
+
+        A pre-only text stream is heard but not answered: the module returns the image alone.
+
+        Raises: ValueError where this mixer cannot join two streams.
+        """
+        raise ValueError(
+            f"{self.name}: does not join an image and a text stream; use it in a one-stream network such as DiT"
+        )
 
 
 @spec("full", paper="Attention Is All You Need, arXiv:1706.03762")
@@ -28,19 +48,33 @@ class Full(Mixer):
 
     qk_norm: bool = knob(False, "RMS-normalise queries and keys per head")
 
-    def build(self, width: int, heads: int) -> nn.Module:
-        return FullMixer(width, heads, qk_norm=self.qk_norm)
+    def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
+        return FullMixer(width, heads, qk_norm=self.qk_norm or qk_norm, pre_only=pre_only)
+
+    def build_joint(
+        self, width: int, heads: int, *, qk_norm: bool = False, context_pre_only: bool = False
+    ) -> nn.Module:
+        return FullMixer(
+            width, heads, qk_norm=self.qk_norm or qk_norm, joint=True, context_pre_only=context_pre_only
+        )
 
 
 class FullMixer(Attention):
-    """The network of `Full`: an `Attention` that reads its positions from the context."""
+    """The network of `Full`: an `Attention` that reads positions and masks from the context."""
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
-        super().__init__(width, heads, qk_norm=qk_norm)
-
-    def forward(self, hidden_states: Tensor, context: Context | None = None, **kwargs: object) -> Tensor:  # type: ignore[override]
-        """[B, N, D] -> [B, N, D]."""
-        table = context.rotary if context is not None else None
-        extra = context.attention_kwargs if context is not None else {}
-        out: Tensor = self.processor(self, hidden_states, image_rotary_emb=table, **extra)
-        return out
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+        context: Context | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """[B, N, D] -> [B, N, D], or image and text -> (image, text)."""
+        if context is not None:
+            attention_mask, image_rotary_emb = context.mask, context.rotary
+            kwargs = context.attention_kwargs | kwargs
+        return super().forward(
+            hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
+        )

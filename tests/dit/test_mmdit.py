@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dit.backbones.mmdit import SMALLEST_NOISE, MMDiT
 from dit.grid import Grid
+from dit.model import Context
 from dit.modulation import ZeroModulation
 
 TINY: dict[str, Any] = {
@@ -65,20 +66,20 @@ def test_pre_only_last_block_passes_the_text_on_unchanged() -> None:
     model = tiny(single_depth=0)
     first, last = model.transformer_blocks
     text, image, temb = torch.randn(1, 3, 16), torch.randn(1, 16, 16), torch.randn(1, 16)
-    given = {"hidden_states": image, "encoder_hidden_states": text, "temb": temb}
-    table = model._rotary(Grid(1, 4, 4), 3, torch.device("cpu"))
-    kept, moved = last(**given, image_rotary_emb=table)
+    context = Context(Grid(1, 4, 4), temb, rotary=model._rotary(Grid(1, 4, 4), 3, torch.device("cpu")))
+    given = {"hidden_states": image, "encoder_hidden_states": text, "temb": temb, "context": context}
+    kept, moved = last(**given)
     assert kept is text
     assert differ(moved, image)
     assert last.pre_only
     assert not hasattr(last, "ff_context")
-    changed, _ = first(**given, image_rotary_emb=table)
+    changed, _ = first(**given)
     assert not first.pre_only
     assert differ(changed, text)
     assert not any(
         block.pre_only for block in tiny().transformer_blocks
     )  # single blocks follow and read the text
-    other = last(**(given | {"encoder_hidden_states": torch.randn(1, 3, 16)}), image_rotary_emb=table)[1]
+    other = last(**(given | {"encoder_hidden_states": torch.randn(1, 3, 16)}))[1]
     assert differ(other, moved)
 
 
@@ -229,6 +230,7 @@ def test_blocks_of_both_kinds_return_text_first() -> None:
         "hidden_states": torch.randn(1, 16, 16),
         "encoder_hidden_states": torch.randn(1, 3, 16),
         "temb": torch.randn(1, 16),
+        "context": Context(Grid(1, 4, 4), torch.randn(1, 16)),
     }
     for block in (model.transformer_blocks[0], model.single_transformer_blocks[0]):
         text, image = block(**given)
