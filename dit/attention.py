@@ -66,7 +66,7 @@ class JointProcessor:
         if image_rotary_emb is not None:
             k = rotate(k, image_rotary_emb)
             skipped = k.shape[1] - q.shape[1]
-            q = rotate(q, (image_rotary_emb[0][skipped:], image_rotary_emb[1][skipped:]))
+            q = rotate(q, (image_rotary_emb[0][..., skipped:, :], image_rotary_emb[1][..., skipped:, :]))
         out = attend(q, k, v, attention_mask, processor=self).flatten(2).to(hidden_states.dtype)
         if encoder_hidden_states is None or attn.context_pre_only:
             return attn.project_out(out)

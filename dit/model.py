@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.routing import RouteDecision
-from dit.spec import Spec
+from dit.spec import Spec, parse
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -30,7 +30,8 @@ class Context:
 
     Attributes:
         grid: the places of the picture's tokens, None where the tokens are a prompt's.
-        emb: conditioning [B, D] or [B, N, D], of time and class or prompt.
+        emb: what the block's modulation takes: the conditioning of time and class or prompt, [B, D] or [B, N, D], or the
+            vectors that a modulation shares between blocks, [B, S] or [B, N, S].
         time: embedding of the time alone [B, D] or [B, N, D].
         timestep: the time as the network was given it, [B] or [B, N].
         rotary: positions.
@@ -74,6 +75,11 @@ class Backbone(
         for module in self.modules():
             for name, loss in getattr(module, "auxiliary", {}).items():
                 losses[name] = losses[name] + loss if name in losses else loss
+        experts = self.config.get("experts")
+        if experts is not None:
+            from dit.experts.dense import Experts
+
+            losses |= parse(Experts, experts).losses(self)
         return losses
 
     def _run(self, block: nn.Module, **inputs: Any) -> Any:

@@ -34,6 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     for size in _DIT_SIZES
     for patch in (2, 4, 8)
 } | {
+    f"switch-dit-{size}/2": _dit("dit", size, 2) | {"experts": "switch"} for size in _DIT_SIZES
+} | {
     "mmdit-sd3": _SD3 | {"backbone": "mmdit", "width": 1536, "heads": 24, "dual_depth": 24, "qk_norm": False},
     "mmdit-sd3.5-l": _SD3 | {"backbone": "mmdit", "width": 2432, "heads": 38, "dual_depth": 38, "qk_norm": True},
     "mmdit-flux": {

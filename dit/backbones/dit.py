@@ -110,16 +110,17 @@ class DiT(Backbone):
         self.x_embedder = PatchEmbed(in_channels, width, patch)
         self.time_embed = TimeEmbedding(width)
         self.label_embed = LabelEmbedding(num_classes, width, null=null_class)
+        self.modulation_shared = slots[2].shared(width)
         self.transformer_blocks = nn.ModuleList(
             DiTBlock(
                 width,
                 heads,
                 hidden=int(width * mlp_ratio),
-                mixer=slots[0],
+                mixer=slots[0].at(i),
                 experts=slots[1],
                 modulation=slots[2],
             )
-            for _ in range(depth)
+            for i in range(depth)
         )
         self.norm_out = PlainNorm(width)
         self.modulation_out = slots[2].build(width, 2)
@@ -151,9 +152,11 @@ class DiT(Backbone):
         x = self.x_embedder(hidden_states.to(dtype)) + sincos_2d(self.config.width, grid, device).to(
             dtype
         )  # [B, N, D]
-        time = self._time(timestep, dtype)  # [B, D] or [B, N, D]
+        time = self.embed_time(timestep, dtype)  # [B, D] or [B, N, D]
         label = self.label_embed(class_labels)  # [B, D]
         temb = time + (label if time.dim() == 2 else label.unsqueeze(1))
+        if self.modulation_shared is not None:
+            temb = self.modulation_shared(temb)
         context = Context(
             grid, temb, time=time, timestep=timestep, attention_kwargs=joint_attention_kwargs or {}
         )
@@ -173,6 +176,8 @@ class DiT(Backbone):
         yield part(self, "x_embedder", "embed", grid.tokens)
         yield part(self, "time_embed", "embed", 1)
         yield part(self, "label_embed", "embed", 0)
+        if self.modulation_shared is not None:
+            yield part(self, "modulation_shared", "modulation", 1)
         for i in range(len(self.transformer_blocks)):
             yield part(self, f"transformer_blocks.{i}.modulation", "modulation", 1)
             yield part(self, f"transformer_blocks.{i}.attn", "attention", grid.tokens)
@@ -182,7 +187,8 @@ class DiT(Backbone):
         yield part(self, "modulation_out", "modulation", 1)
         yield part(self, "proj_out", "embed", grid.tokens)
 
-    def _time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B] or [B, N] -> the embedding of the time alone, [B, D] or [B, N, D]."""
         if self.config.convention == "sit":
             timestep = 1 - timestep / 1000
         time: Tensor = self.time_embed(timestep, dtype)

@@ -200,20 +200,24 @@ class MMDiT(Backbone):
         self.out_channels = out_channels or in_channels
         patch, hidden = (1, patch_size, patch_size), int(width * mlp_ratio)
         slots: dict[str, Any] = {
-            "hidden": hidden, "qk_norm": qk_norm, "mixer": parse(Mixer, mixer), "experts": parse(Experts, experts),
+            "hidden": hidden, "qk_norm": qk_norm, "experts": parse(Experts, experts),
             "modulation": parse(Modulation, modulation),
         }  # fmt: skip
+        mixer = parse(Mixer, mixer)
         self.x_embedder = PatchEmbed(in_channels, width, patch)
         self.context_embedder = nn.Linear(context_dim, width)
         self.time_embed = TimeEmbedding(width)
         self.guidance_embed = TimeEmbedding(width) if guidance_embeds else None
         self.text_embed = PooledProjection(pooled_dim, width) if pooled_dim else None
+        self.modulation_shared = slots["modulation"].shared(width)
         self.transformer_blocks = nn.ModuleList(
-            DualBlock(width, heads, pre_only=single_depth == 0 and i == dual_depth - 1, **slots)
+            DualBlock(
+                width, heads, pre_only=single_depth == 0 and i == dual_depth - 1, mixer=mixer.at(i), **slots
+            )
             for i in range(dual_depth)
         )
         self.single_transformer_blocks = nn.ModuleList(
-            SingleBlock(width, heads, **slots) for _ in range(single_depth)
+            SingleBlock(width, heads, mixer=mixer.at(dual_depth + i), **slots) for i in range(single_depth)
         )
         self.norm_out = PlainNorm(width)
         self.modulation_out = slots["modulation"].build(width, 2)
@@ -255,8 +259,10 @@ class MMDiT(Backbone):
         if self.config.position != "rope":
             image = image + sincos_2d(self.config.width, grid, device).to(dtype)
         text = self.context_embedder(encoder_hidden_states.to(dtype))
-        time = self.time_embed(timestep, dtype)
+        time = self.embed_time(timestep, dtype)
         temb = self._conditioning(time, pooled_projections, guidance, dtype)
+        if self.modulation_shared is not None:
+            temb = self.modulation_shared(temb)
         context = Context(
             grid,
             temb,
@@ -285,9 +291,9 @@ class MMDiT(Backbone):
         """Yield the analytic cost of every part for one picture of `grid` and a prompt of `text` tokens."""
         yield part(self, "x_embedder", "embed", grid.tokens)
         yield part(self, "context_embedder", "embed", text)
-        for name in ("time_embed", "guidance_embed", "text_embed"):
+        for name in ("time_embed", "guidance_embed", "text_embed", "modulation_shared"):
             if getattr(self, name) is not None:
-                yield part(self, name, "embed", 1)
+                yield part(self, name, "modulation" if name == "modulation_shared" else "embed", 1)
         for i, dual in enumerate(self.transformer_blocks):
             path = f"transformer_blocks.{i}"
             yield part(self, f"{path}.modulation", "modulation", 1)
@@ -302,6 +308,11 @@ class MMDiT(Backbone):
             yield from _single_costs(self, f"single_transformer_blocks.{i}", grid.tokens + text)
         yield part(self, "modulation_out", "modulation", 1)
         yield part(self, "proj_out", "embed", grid.tokens)
+
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B] or [B, N] -> the embedding of the time alone, [B, D] or [B, N, D]."""
+        time: Tensor = self.time_embed(timestep, dtype)
+        return time
 
     def _conditioning(
         self, temb: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype

@@ -109,8 +109,11 @@ class DiTSystem(System):
 
     def to_official(self, model: nn.Module) -> Tensors:
         """Join q, k, v, fold the patch map into a convolution, add the position table."""
+        return self.official_of(model, model.state_dict())
+
+    def official_of(self, model: nn.Module, state: Mapping[str, Tensor]) -> Tensors:
+        """Return the weights of `state` under the official names; `model` gives the sizes."""
         config: Any = model.config
-        state = model.state_dict()
         official: Tensors = {"pos_embed": self._table(model)}
         names = {
             place: path for path, place in _PLACES.items()

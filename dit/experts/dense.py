@@ -34,6 +34,10 @@ class Experts(Spec):
         """
         return None
 
+    def losses(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the named losses that concern all blocks of `model` together, after a training pass."""
+        return {}
+
 
 @spec("dense", paper="Attention Is All You Need, arXiv:1706.03762")
 class Dense(Experts):

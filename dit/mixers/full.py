@@ -20,6 +20,10 @@ class Mixer(Spec):
 
     __slots__ = ()
 
+    def at(self, block: int) -> Mixer:
+        """Return the mixer of the block with this index, counted from 0 through the whole network, for those that alternate."""
+        return self
+
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
         """Return a module, called (hidden_states= [B, N, D], context=) -> [B, N, D].
 

@@ -84,6 +84,10 @@ REGISTRY: dict[str, Backbone] = {
         ),
         inputs=lambda: _latents() | {"class_labels": torch.tensor([1, 5])},
     ),
+    "switch-dit": Backbone(
+        make=lambda: DiT(sample_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0, num_classes=5, experts="switch"),
+        inputs=lambda: _latents() | {"class_labels": torch.tensor([1, 5])},
+    ),
     "mmdit": Backbone(make=_mmdit, inputs=lambda: _latents() | _prompt(), text=5),
     "mmdit pre-only": Backbone(
         make=lambda: _mmdit(single_depth=0, qk_norm=False, position="sincos"),
