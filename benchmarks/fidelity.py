@@ -58,7 +58,7 @@ def compare(folder: Path, *, mid: bool = False, tolerance: float | None = None) 
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         system = str(config["system"])
         found = find(system)
-        cases = read_cases(read_safetensors(folder / "io.safetensors"))
+        cases = found.complete(read_cases(read_safetensors(folder / "io.safetensors")))
         state = read_safetensors(folder / "weights.safetensors")
     except UnknownSystemError as error:
         return Report(folder=str(folder), system=system, problem=str(error), status=UNTRIED)

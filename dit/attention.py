@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from dit.embeddings import Rotary, rotate
-from dit.layers import HeadNorm
+from dit.layers import HeadNorm, cut, sliceable
 from dit.ledger import macs_of
 
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -55,23 +55,29 @@ class JointProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
+        heads: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        q, k, v = attn.project(hidden_states)
+        """`heads` are the places of the heads to compute [K'], or gates [B, K] to multiply all of them by."""
+        keep = heads if heads is not None and heads.dim() == 1 else None
+        q, k, v = attn.project(hidden_states, keep)
         text = 0
         if encoder_hidden_states is not None:
             text = encoder_hidden_states.shape[1]
-            added_q, added_k, added_v = attn.project_added(encoder_hidden_states)
+            added_q, added_k, added_v = attn.project_added(encoder_hidden_states, keep)
             q = q if added_q is None else torch.cat([added_q, q], dim=1)
             k, v = torch.cat([added_k, k], dim=1), torch.cat([added_v, v], dim=1)
         if image_rotary_emb is not None:
             k = rotate(k, image_rotary_emb)
             skipped = k.shape[1] - q.shape[1]
             q = rotate(q, (image_rotary_emb[0][..., skipped:, :], image_rotary_emb[1][..., skipped:, :]))
-        out = attend(q, k, v, attention_mask, processor=self).flatten(2).to(hidden_states.dtype)
+        attended = attend(q, k, v, attention_mask, processor=self)  # [B, L + N, K or K', head size]
+        if heads is not None and keep is None:
+            attended = attended * heads[:, None, :, None].to(attended.dtype)
+        out = attended.flatten(2).to(hidden_states.dtype)
         if encoder_hidden_states is None or attn.context_pre_only:
-            return attn.project_out(out)
+            return attn.project_out(out, keep)
         out_text, out_image = out.split_with_sizes([text, out.shape[1] - text], dim=1)
-        return attn.project_out(out_image), attn.to_add_out(out_text)
+        return attn.project_out(out_image, keep), attn.project_out(out_text, keep, added=True)
 
 
 class Attention(nn.Module, AttentionModuleMixin):
@@ -134,16 +140,22 @@ class Attention(nn.Module, AttentionModuleMixin):
         """[B, N, D] (and text [B, L, D]) -> [B, N, D], or the pair (image, text) unless the text is pre-only."""
         return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, D] -> queries, keys, values [B, N, K, head size], normalised."""
+    def project(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, D] -> queries, keys, values [B, N, K, head size], normalised; of the heads `keep` alone where given."""
+        if keep is not None:
+            q, k, v = (self._split(self._some(one, x, keep)) for one in (self.to_q, self.to_k, self.to_v))
+            return self.norm_q(q), self.norm_k(k), v
         q, k, v = self.to_qkv(x).chunk(3, dim=-1) if self.fused_projections else (self.to_q(x), self.to_k(x), self.to_v(x))
         q, k, v = self._split(q), self._split(k), self._split(v)
         return self.norm_q(q), self.norm_k(k), v
 
-    def project_added(self, text: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def project_added(self, text: Tensor, keep: Tensor | None = None) -> tuple[Tensor | None, Tensor, Tensor]:
         """[B, L, D] -> the text stream's queries (None where it is pre-only), keys and values, normalised."""
         q: Tensor | None
-        if self.fused_projections:
+        if keep is not None:
+            q = None if self.context_pre_only else self._some(self.add_q_proj, text, keep)
+            k, v = self._some(self.add_k_proj, text, keep), self._some(self.add_v_proj, text, keep)
+        elif self.fused_projections:
             q, k, v = self.to_added_qkv(text).chunk(3, dim=-1)
         else:
             q = None if self.context_pre_only else self.add_q_proj(text)
@@ -152,10 +164,21 @@ class Attention(nn.Module, AttentionModuleMixin):
         queries = None if q is None else self.norm_added_q(self._split(q))
         return queries, self.norm_added_k(k), v
 
-    def project_out(self, x: Tensor) -> Tensor:
-        """The output map of the image stream; the identity in a pre-only (parallel) block."""
-        out: Tensor = x if self.pre_only else self.to_out[1](self.to_out[0](x))
+    def project_out(self, x: Tensor, keep: Tensor | None = None, *, added: bool = False) -> Tensor:
+        """The output map of the image stream (or the `added` one); the identity in a pre-only (parallel) block."""
+        if keep is not None:
+            return self._out_of_some(x, keep, added)
+        if added:
+            out: Tensor = self.to_add_out(x)
+        else:
+            out = x if self.pre_only else self.to_out[1](self.to_out[0](x))
         return out
+
+    def can_leave_out_heads(self, dtype: torch.dtype) -> bool:
+        """Whether single heads need not be computed: every map can be cut, and q, k, v were not made one."""
+        maps = [self.to_q, self.to_k, self.to_v] + ([] if self.pre_only else [self.to_out[0]])
+        maps += [getattr(self, name) for name in _ADDED if self.joint and hasattr(self, name)]
+        return not self.fused_projections and all(sliceable(one, dtype) for one in maps)
 
     def macs(self, rows: int, text: int = 0) -> int:
         """Return the multiply-accumulates for `rows` tokens and, in joint attention, `text` text tokens."""
@@ -168,6 +191,21 @@ class Attention(nn.Module, AttentionModuleMixin):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+    def _some(self, layer: nn.Linear, x: Tensor, keep: Tensor) -> Tensor:
+        """The rows of a linear map that belong to the heads `keep`."""
+        return nn.functional.linear(x, *cut(layer, self._channels(keep), 0))
+
+    def _channels(self, keep: Tensor) -> Tensor:
+        return (keep[:, None] * self.head_dim + torch.arange(self.head_dim, device=keep.device)).flatten()
+
+    def _out_of_some(self, x: Tensor, keep: Tensor, added: bool) -> Tensor:
+        """The output map of the heads `keep`; in a pre-only block zeros stand for the others."""
+        if self.pre_only and not added:
+            whole = x.new_zeros(*x.shape[:2], self.heads, self.head_dim)
+            return whole.index_copy(2, keep, self._split(x)).flatten(2)
+        layer: Any = self.to_add_out if added else self.to_out[0]
+        return nn.functional.linear(x, *cut(layer, self._channels(keep), 1))
 
 
 def _skipped(

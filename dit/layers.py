@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dit.grid import Grid, patchify, unpatchify
@@ -23,6 +24,46 @@ class HeadNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., head size] -> the same, in the dtype that came in."""
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def sliceable(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether rows and columns of a linear map may be used by themselves: its weights are at hand and nothing hangs on it.
+
+    Adapters, quantisation, offloading and casting by layers all act when the map is called as a whole.
+    """
+    free = not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+    return type(layer) is nn.Linear and free and layer.weight.dtype == dtype
+
+
+def cut(layer: nn.Linear, places: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a linear map for some of its outputs (`dim` 0) or inputs (1), at sorted `places`.
+
+    Without a copy where they lie side by side. On the processor a copy is kept beside the layer for the next call, which in
+    sampling mostly asks for the same; it is made anew when places or weights change.
+    """
+    weight, bias = layer.weight, layer.bias
+    first, last = int(places[0]), int(places[-1])
+    if last - first + 1 == len(places):
+        return weight.narrow(dim, first, len(places)), bias if dim or bias is None else bias.narrow(
+            0, first, len(places)
+        )
+    kept = weight.device.type == "cpu" and not (torch.is_grad_enabled() and weight.requires_grad)
+    key = _mark(weight, places, dim) if kept else None
+    known = layer.__dict__.get("_cut")
+    if kept and known is not None and known[0] == key:
+        found: tuple[Tensor, Tensor | None] = known[1]
+        return found
+    parts = (weight.index_select(dim, places), bias if dim or bias is None else bias.index_select(0, places))
+    if kept:
+        layer.__dict__["_cut"] = (key, parts)
+    return parts
+
+
+def _mark(weight: Tensor, places: Tensor, dim: int) -> tuple[object, ...]:
+    """What tells one cut from another. Merged adapters write past the version counter, so some of the values are in it."""
+    version = 0 if weight.is_inference() else weight._version
+    some = weight.detach().flatten()[:: max(1, weight.numel() // 257)]
+    return places.numpy().tobytes(), dim, weight.data_ptr(), version, some.float().numpy().tobytes()
 
 
 class PatchEmbed(nn.Module):

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -67,6 +67,10 @@ class System(ABC):
     @abstractmethod
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensors:
         """Return what the official code would return for a recorded case, by the recorded names. Raises: LayoutError."""
+
+    def complete(self, cases: Sequence[Case]) -> list[Case]:
+        """Return the cases of a recording with what they leave to each other or to their names filled in."""
+        return list(cases)
 
     def place(self, path: str) -> str | None:
         """Return our path of the module at an official path, or None where we have no such module."""

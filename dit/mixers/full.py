@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dit.attention import Attention
 from dit.embeddings import Rotary
 from dit.model import Context
+from dit.routing import RouteDecision
 from dit.spec import Spec, knob, spec
 
 
@@ -79,6 +81,17 @@ class FullMixer(Attention):
         if context is not None:
             attention_mask, image_rotary_emb = context.mask, context.rotary
             kwargs = context.attention_kwargs | kwargs
+            if context.route is not None and context.route.heads is not None:
+                kwargs = kwargs | {"heads": self._route(context.route, hidden_states.dtype)}
         return super().forward(
             hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
         )
+
+    def _route(self, route: RouteDecision, dtype: torch.dtype) -> Tensor:
+        """The heads to compute [K'] where all samples agree and the maps can be cut, else gates [B, K]."""
+        heads = route.heads
+        assert heads is not None
+        on = heads.bool()
+        if not route.compact or torch.compiler.is_compiling() or heads.is_meta or not self.can_leave_out_heads(dtype):
+            return heads
+        return on[0].nonzero().squeeze(1) if bool((on == on[:1]).all()) else heads
