@@ -186,7 +186,7 @@ class Thinning:
         layer = layers.setdefault(call.path, Layer())
         with row.timed("search", call.q.device):
             kept = self._chosen(Sight(call, keys, moment.step, count, row), layer)
-        self.run.weigh(_bytes)
+        self.run.weigh()
         if kept is None or not self._worth(call, keys, kept, layer.density):
             row.reason = layer.dense or "dense is faster here"
             return self._exact(call, row)
@@ -253,13 +253,6 @@ class Thinning:
                     f"{q.shape[3]} and density {density:.2f} ({dense * 1e3:.1f} against {sparse * 1e3:.1f} ms), so it stays dense"
                 )
         return self._pays[key]
-
-
-def _bytes(state: Any) -> int:
-    """Return what is stored of the layers of one branch."""
-    return (
-        sum(one.bytes for one in state.values() if isinstance(one, Layer)) if isinstance(state, dict) else 0
-    )
 
 
 def _fastest(compute: Callable[[], Tensor], near: Tensor, rounds: int = 2) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from acceleration._newton import Ladder
 from acceleration._ranges import Recording, Replay
 from acceleration._reuse import Branch, Reuse, Way
-from acceleration.base import Call
+from acceleration.base import Call, Reached
 from acceleration.gates import Sight
 from dit.seams import Block, Blocks, around_blocks, blocks_of
 
@@ -136,20 +136,13 @@ class _Watching:
         self.control, self.branch, self.at = control, branch, at
         self.recordings: dict[int, Recording] = {}
 
-    def visited(
-        self,
-        call: Call,
-        place: int,
-        block: Block,
-        inner: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def visited(self, call: Call, reached: Reached) -> Any:
         """Compute a block."""
-        if block.path not in self.control.targets.fused:
-            return call.compute(inner, args, kwargs)
+        place = reached.place
+        if reached.block.path not in self.control.targets.fused:
+            return call.compute(reached)
         recording = self.recordings[place] = Recording(range(place, place + 1), self.branch.careful)
-        return recording.visited(call, place, block, inner, args, kwargs)
+        return recording.visited(call, reached)
 
     def module(
         self, key: Key, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -176,20 +169,12 @@ class _Forecasting:
         }
         self.letter = control.manner.letter
 
-    def visited(
-        self,
-        call: Call,
-        place: int,
-        block: Block,
-        inner: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def visited(self, call: Call, reached: Reached) -> Any:
         """Answer for a block: F where at least one of its modules was forecast."""
-        if place in self._whole:
-            return self._whole[place].visited(call, place, block, inner, args, kwargs)
+        if reached.place in self._whole:
+            return self._whole[reached.place].visited(call, reached)
         before = self.forecast
-        output = call.compute(inner, args, kwargs)
+        output = call.compute(reached)
         if self.forecast > before:
             call.states[-1] = self.letter
         return output

@@ -48,7 +48,7 @@ class Ladder:
         if len(self.anchors) == 1:
             self._unit = abs(at - self.anchors[0])
         self._device = value.device
-        made, difference = [value], _precise(value)
+        made, difference = [value], precise(value)
         for anchor, factor in zip(self.anchors, self.factors[: self.order], strict=False):
             difference = (difference - self._here(factor)) / ((at - anchor) / self._unit)
             made.append(difference)
@@ -65,8 +65,9 @@ class Ladder:
         return found.to(self.factors[0].dtype)
 
     def _here(self, factor: Tensor) -> Tensor:
-        return _precise(factor.to(self._device))
+        return precise(factor.to(self._device))
 
 
-def _precise(x: Tensor) -> Tensor:
+def precise(x: Tensor) -> Tensor:
+    """Return a tensor in float32 at least."""
     return x.float() if x.dtype.itemsize < 4 else x

@@ -6,14 +6,14 @@ again when the blocks are left out, so it must count once. A range is cut wherev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from acceleration.base import Call
-from dit.seams import Block, Output, Tensors, match, tensor_arguments, version
+from acceleration.base import Call, Reached
+from dit.seams import Block, Output, Tensors, match, version
 
 
 @dataclass(slots=True)
@@ -75,26 +75,18 @@ class Recording:
         self._last_out: dict[str, Held] = {}
         self._between: Tensors = {}
 
-    def visited(
-        self,
-        call: Call,
-        place: int,
-        block: Block,
-        inner: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Compute the block at this place and account for it."""
-        inputs = tensor_arguments(block.module, args, kwargs)
+    def visited(self, call: Call, reached: Reached) -> Any:
+        """Compute a block and account for it."""
+        inputs, place, block = reached.tensors(), reached.place, reached.block
         if place not in self.span or type(block.module) in self._unfit:
             self._close()
             self.skipped = self.skipped or ("skip" in inputs and place >= self.span.stop and bool(self.parts))
-            return call.compute(inner, args, kwargs)
+            return call.compute(reached)
         self.careful = self.careful or any(version(x) is None for x in inputs.values())
         if self._open is not None and not self._continues(inputs):
             self._close()
         before = {name: Held.take(x, self.careful) for name, x in inputs.items()}
-        output = call.compute(inner, args, kwargs)
+        output = call.compute(reached)
         form = match(block.module, inputs, output)
         if isinstance(form, str):
             self.reasons.append(form)
@@ -202,30 +194,23 @@ class Replay:
             place: part for part in parts for place in range(part.first, part.first + len(part.blocks))
         }
 
-    def visited(
-        self,
-        call: Call,
-        place: int,
-        block: Block,
-        inner: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Answer for the block at this place: from the recording, or by computing it where the recording does not fit."""
+    def visited(self, call: Call, reached: Reached) -> Any:
+        """Answer for a block: from the recording, or by computing it where the recording does not fit."""
+        place, block = reached.place, reached.block
         part = self._parts.get(place)
         if part is None:
-            return call.compute(inner, args, kwargs)
-        inputs = tensor_arguments(block.module, args, kwargs)
+            return call.compute(reached)
+        inputs = reached.tensors()
         offset = place - part.first
         if offset == 0 and not _fits(part, block, inputs):
             self._parts = {at: other for at, other in self._parts.items() if other is not part}
-            return call.compute(inner, args, kwargs)
+            return call.compute(reached)
         form = part.outputs[offset]
         if block is not part.blocks[offset] or any(
             name not in inputs for name in form.names if name is not None
         ):
             self.strayed = True
-            return call.compute(inner, args, kwargs)
+            return call.compute(reached)
         if offset == 0:
             for name, added in part.added.items():
                 inputs[name] = (inputs[name] + added).to(added.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 
 from acceleration._newton import Ladder
 from acceleration._ranges import Held, Part, Recording, Replay
-from acceleration.base import Call, Run
+from acceleration.base import Call, Reached, Run
 from acceleration.gates import Gate, Judge, Sight
-from dit.seams import Block, match, tensor_arguments, timestep_of
+from dit.seams import match, timestep_of
 
 _MAIN = ("hidden_states", "x", "visual_embed")
 
@@ -54,16 +53,8 @@ class Manner:
 class Way(Protocol):
     """What happens to the blocks of one call."""
 
-    def visited(
-        self,
-        call: Call,
-        place: int,
-        block: Block,
-        inner: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Answer for the block at this place of the call."""
+    def visited(self, call: Call, reached: Reached) -> Any:
+        """Answer for a block."""
 
 
 @dataclass(slots=True)
@@ -77,6 +68,7 @@ class Branch:
     ladders: list[dict[str, Ladder]] = field(default_factory=list)
     span: range | None = None
     step: int = -1
+    expected: int = 0  # bytes that will be stored when there are as many anchors as the order asks for
 
     @property
     def bytes(self) -> int:
@@ -108,6 +100,9 @@ class Branch:
                 ladder.push(part.added[name], at)
                 part.added[name] = ladder.factors[0]
         self.parts = parts
+        orders = manner.order + 1, getattr(self.judge.gate, "order", 0) + 1
+        stored = sum(part.bytes for part in parts) * orders[0]
+        self.expected = max(self.expected, stored + (0 if self.expected else self.judge.bytes * orders[1]))
 
     def forecast(self, at: float) -> list[Part]:
         """Return the parts with what they are expected to add at `at`."""
@@ -148,24 +143,16 @@ class Reuse:
             self._decide(call, branch, sight, forced)
         return True
 
-    def visited(
-        self,
-        call: Call,
-        place: int,
-        block: Block,
-        inner: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def visited(self, call: Call, reached: Reached) -> Any:
         """Answer for a block as decided; where the decision waits for the first block, compute it and decide."""
         if self._waiting is not None and self._branch is not None:
             (sight, forced), self._waiting = self._waiting, None
-            output, reason = watched(sight, self._branch, call, block, inner, args, kwargs)
+            output, reason = watched(sight, self._branch, call, reached)
             self._decide(call, self._branch, sight, forced or reason)
             return output
         if self._way is None:
-            return call.compute(inner, args, kwargs)
-        return self._way.visited(call, place, block, inner, args, kwargs)
+            return call.compute(reached)
+        return self._way.visited(call, reached)
 
     def finished(self, call: Call, failed: bool) -> None:
         """Keep what a full call recorded."""
@@ -257,10 +244,14 @@ class Reuse:
         branch.keep(parts, way.at, self.manner)
         branch.span, branch.step = way.span, step
         self.weigh()
+        if branch.expected >= 2**20:
+            self.run.note(
+                f"{self.plan.name} stores {branch.expected / 2**20:.1f} MiB for a guidance branch of this size (an estimate)"
+            )
 
     def weigh(self) -> None:
         """Measure what all branches store now."""
-        self.run.weigh(lambda state: getattr(state, "bytes", 0))
+        self.run.weigh()
 
     def _stale(self, call: Call, branch: Branch) -> str | None:
         """Say why what was recorded may not stand in for the blocks in this call; None if it may."""
@@ -290,16 +281,13 @@ def watched(
     sight: Sight,
     branch: Branch,
     call: Call,
-    block: Block,
-    inner: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    reached: Reached,
 ) -> tuple[Any, str | None]:
     """Compute the first block and show its main stream to the gate; also in words why it cannot be shown."""
-    inputs = tensor_arguments(block.module, args, kwargs)
+    inputs = reached.tensors()
     held = {name: Held.take(x, branch.careful) for name, x in inputs.items()}
-    output = call.compute(inner, args, kwargs)
-    form = match(block.module, inputs, output)
+    output = call.compute(reached)
+    form = match(reached.block.module, inputs, output)
     if isinstance(form, str):
         return output, form
     streams = form.split(output)

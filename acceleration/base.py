@@ -6,17 +6,24 @@ The state of a run lives in `Run`, keyed by guidance branch, and dies with the b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from acceleration._adapters import adapters_of
+from acceleration._report import RunReport
 from dit import seams
-from dit.seams import Block, Blocks, Clock, Moment
+from dit.seams import Block, Blocks, Clock, Moment, Tensors
 from dit.spec import Spec
+
+__all__ = [
+    "Accelerator", "Call", "Control", "Reached", "Refused", "Run", "RunReport", "Untouched", "accelerated", "refusal",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -37,6 +44,7 @@ class Accelerator(Spec):
 
     __slots__ = ()
     seam: ClassVar[str] = ""
+    depth: ClassVar[int] = 0  # methods of a greater depth are attached first, nearer to the weights
 
     @property
     def neutral(self) -> bool:
@@ -51,6 +59,10 @@ class Accelerator(Spec):
         """Take hold of the transformer until the end of the context."""
         raise NotImplementedError(f"{type(self).__name__}.attached")
 
+    def predicted_speedup(self, steps: int, blocks: int) -> float | None:
+        """Estimate the speed-up of the denoising loop from the settings alone; None where that cannot be done honestly."""
+        return None
+
     def effect(self, run: Run) -> str:
         """Say in words what took effect in a run."""
         return f"{self.name}: attached"
@@ -60,22 +72,29 @@ class Accelerator(Spec):
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A block that a call has reached: its place in the call (from 0), what computes it, and what it is given."""
+
+    place: int
+    block: Block
+    inner: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def tensors(self) -> Tensors:
+        """Return the arguments that are tensors, by name."""
+        return seams.tensor_arguments(self.block.module, self.args, self.kwargs)
+
+
 class Control(Protocol):
     """What decides about the blocks of each call: it sees the call begin, every block, and the call end."""
 
     def started(self, call: Call) -> bool:
         """Decide about a call; False leaves all its blocks alone."""
 
-    def visited(
-        self,
-        call: Call,
-        place: int,
-        block: Block,
-        inner: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Answer for the block at this place of the call (from 0), by `call.compute(...)` or otherwise."""
+    def visited(self, call: Call, reached: Reached) -> Any:
+        """Answer for a block, by `call.compute(reached)` or otherwise."""
 
     def finished(self, call: Call, failed: bool) -> None:
         """Keep or drop what the call has recorded."""
@@ -84,7 +103,7 @@ class Control(Protocol):
 @dataclass(slots=True)
 class Call:
     """One forward of the transformer: when it is, and what became of each block (C computed, R reused, F forecast,
-    S computed with sparse attention).
+    S computed with sparse attention, M with merged tokens).
 
     `remarks` is what else the report's cell of this call says (signal, threshold, decision).
     """
@@ -94,55 +113,16 @@ class Call:
     given: Mapping[str, Any]
     states: list[str] = field(default_factory=list)
     remarks: dict[str, Any] = field(default_factory=dict)
+    active: bool | None = None  # whether the control decides about its blocks; None before the first of them
 
-    def compute(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def compute(self, reached: Reached) -> Any:
         """Compute a block after all."""
         self.states.append("C")
-        return inner(*args, **kwargs)
+        return reached.inner(*reached.args, **reached.kwargs)
 
     def state(self, owner: object, make: Callable[[], T]) -> T:
         """Return the owner's state for this branch and evaluation; a new one if shapes, types or flags have changed."""
         return self.run._state(self, owner, make)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunReport:
-    """What was asked for and what took effect; counts are calls of blocks.
-
-    `cells` holds one entry a call: run, branch, step, evaluation, one letter a block (C, R, F, S), and where a gate decides
-    its signal (None where there is none yet), threshold and decision in words.
-    `bytes` is the most that was stored for reuse at one time. `sparse` of the `computed` were computed with sparse
-    attention; `attention` says for each layer how dense it was, what recall was measured, and how long it took.
-    """
-
-    requested: list[dict[str, Any]]
-    effective: list[str]
-    steps: int
-    calls: int
-    blocks: int
-    computed: int
-    reused: int
-    forecast: int
-    bytes: int
-    notes: list[str]
-    cells: list[dict[str, Any]]
-    sparse: int = 0
-    attention: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def fraction(self) -> float:
-        """The fraction of block calls that were computed."""
-        return self.computed / max(1, self.computed + self.reused + self.forecast)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return asdict(self) | {"fraction": self.fraction}
-
-    def summary(self) -> str:
-        """Return the report in one line."""
-        total = self.computed + self.reused + self.forecast
-        what = "; ".join(self.effective) or "exact"
-        return f"{what} - {self.computed} of {total} block calls computed ({self.fraction:.0%}) in {self.calls} calls"
 
 
 class Run:
@@ -159,16 +139,17 @@ class Run:
         self.blocks: Blocks = seams.blocks_of(transformer)
         self.clock = Clock(steps, calls_per_step)
         self.call: Call | None = None
-        self.tally = dict.fromkeys("CRFS", 0)
+        self.tally = dict.fromkeys("CRFSM", 0)
         self.cells: list[dict[str, Any]] = []
         self.wanted: dict[str, int] = {}  # calls in which a method's schedule asked it to save something
         self.unknown = 0  # calls whose step could not be told
         self.notes: list[str] = []
         self.attention: dict[str, Any] = {}  # by layer, what a sparse method did: objects with to_dict()
-        self.most_bytes = 0
+        self.most_bytes = self.predicted_bytes = 0
         self._control: Control | None = None
-        self._active = False
         self._generation = 0
+        self._looked: tuple[int, int] | None = None  # the step at which the adapters were looked at
+        self._adapters: tuple[Any, ...] = ()
         self._steps_seen = 0
         self._kept: dict[tuple[int, str, int], tuple[Any, Any]] = {}
 
@@ -186,6 +167,10 @@ class Run:
         """Whether any call has reached a block."""
         return any(cell["states"] for cell in self.cells)
 
+    def shortened(self, letter: str) -> list[dict[str, Any]]:
+        """Return the cells of calls in which blocks have this letter, without those that reached no block at all."""
+        return [cell for cell in self.cells if letter in cell["states"] and not cell.get("answered")]
+
     @contextmanager
     def controlled_by(self, control: Control) -> Iterator[None]:
         """Let `control` decide about the blocks of every call inside."""
@@ -198,9 +183,12 @@ class Run:
         finally:
             self._control = None
 
-    def weigh(self, bytes_of: Callable[[Any], int]) -> None:
-        """Measure what is stored for reuse now."""
-        self.most_bytes = max(self.most_bytes, sum(bytes_of(state) for _, state in self._kept.values()))
+    def weigh(self) -> None:
+        """Measure what all methods together store for reuse now."""
+        states = [state for _, state in self._kept.values()]
+        self.most_bytes = max(self.most_bytes, sum(map(_bytes, states)))
+        expected = sum(getattr(state, "expected", 0) or _bytes(state) for state in states)
+        self.predicted_bytes = max(self.predicted_bytes, expected)
 
     def report(self) -> RunReport:
         """Return what was requested and what took effect so far."""
@@ -211,40 +199,72 @@ class Run:
             steps=self._steps_seen,
             calls=len(self.cells),
             blocks=longest,
-            computed=self.tally["C"] + self.tally["S"],
+            computed=self.tally["C"] + self.tally["S"] + self.tally["M"],
             reused=self.tally["R"],
             forecast=self.tally["F"],
             bytes=self.most_bytes,
             notes=list(self.notes),
             cells=[dict(cell) for cell in self.cells],
             sparse=self.tally["S"],
+            merged=self.tally["M"],
+            predicted_bytes=self.predicted_bytes,
+            predicted_speedup=self._promised(longest),
             attention=[row.to_dict() for row in self.attention.values()],
         )
+
+    def _promised(self, blocks: int) -> float | None:
+        found = [one.predicted_speedup(self._steps_seen, blocks) for one in self.methods if self._steps_seen]
+        told = [one for one in found if one is not None]
+        return math.prod(told) if self._steps_seen and len(told) == len(found) else None
 
     def _enter(self, given: dict[str, Any]) -> None:
         moment = self.clock.tick(seams.timestep_of(given), seams.prompt_of(given))
         if moment.run != self._generation:
             self._kept.clear()
             self._generation = moment.run
+        if (moment.run, moment.step) != self._looked:
+            self._look(moment)
         if not moment.known:
             self.unknown += 1
             self.note(
                 "calls whose step could not be told were computed in full; give steps= and calls_per_step="
             )
         self.call = Call(self, moment, given)
+
+    def _look(self, moment: Moment) -> None:
+        """Drop what is stored if the adapters have changed since the last step."""
+        found, before, self._looked = adapters_of(self.transformer), self._adapters, (moment.run, moment.step)
+        self._adapters = found
+        if self._kept and found != before:
+            self._kept.clear()
+            self.note("the adapters changed during a run; nothing of the steps before was used after that")
+
+    def _starts(self, call: Call) -> bool:
+        """Let the control decide about a call when its first block is reached: a call may be answered without any."""
         recomputed = torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False)
-        self._active = False
-        writing = seams.writes_cache(given)
+        writing = seams.writes_cache(call.given)
         if writing:
             self.note("calls that write a K/V cache were computed in full")
-        if self._control is not None and moment.known and not recomputed and not writing:
-            self._active = self._control.started(self.call)
+        if self._control is None or not call.moment.known or recomputed or writing:
+            return False
+        return self._control.started(call)
+
+    @contextmanager
+    def part(self, whole: Call, branch: str, given: Mapping[str, Any]) -> Iterator[Call]:
+        """Count what runs inside as a call of its own, of another branch at the moment of `whole`, which it replaces."""
+        self.call = call = Call(self, replace(whole.moment, branch=branch), given)
+        try:
+            yield call
+        except BaseException:
+            self._leave(failed=True)
+            raise
+        self._leave(failed=False)
 
     def _leave(self, failed: bool) -> None:
         call, self.call = self.call, None
         if call is None:
             return
-        if self._active and self._control is not None:
+        if call.active and self._control is not None:
             self._control.finished(call, failed)
         for state in call.states:
             self.tally[state] += 1
@@ -262,9 +282,12 @@ class Run:
         call = self.call
         if call is None:  # the block is used by itself, or recomputed in a backward pass
             return inner(*args, **kwargs)
-        if not self._active or self._control is None:
-            return call.compute(inner, args, kwargs)
-        return self._control.visited(call, len(call.states), block, inner, args, kwargs)
+        reached = Reached(len(call.states), block, inner, args, kwargs)
+        if call.active is None:
+            call.active = self._starts(call)
+        if not call.active or self._control is None:
+            return call.compute(reached)
+        return self._control.visited(call, reached)
 
     def _state(self, call: Call, owner: object, make: Callable[[], T]) -> T:
         key = (id(owner), call.moment.branch, call.moment.evaluation)
@@ -300,7 +323,7 @@ def accelerated(
         stack.enter_context(seams.patched(transformer, seams.RUN, run))
         stack.enter_context(seams.named_contexts(transformer, run.clock))
         stack.enter_context(seams.around_calls(transformer, run._enter, run._leave))
-        for method in methods:
+        for method in sorted(methods, key=lambda one: -one.depth):
             stack.enter_context(method.attached(transformer, run))
         if run._control is None:
             stack.enter_context(run.controlled_by(_Watching()))
@@ -337,22 +360,21 @@ def refusal(transformer: Any, *methods: Any) -> str | None:
     return None
 
 
+def _bytes(state: Any) -> int:
+    """Return the size of a method's state: what it says itself, or of what it holds by name."""
+    if isinstance(state, Mapping):
+        return sum(_bytes(one) for one in state.values())
+    return int(getattr(state, "bytes", 0))
+
+
 class _Watching:
     """Decide nothing: every block is computed and counted."""
 
     def started(self, call: Call) -> bool:
         return False
 
-    def visited(
-        self,
-        call: Call,
-        place: int,
-        block: Block,
-        inner: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        return call.compute(inner, args, kwargs)
+    def visited(self, call: Call, reached: Reached) -> Any:
+        return call.compute(reached)
 
     def finished(self, call: Call, failed: bool) -> None:
         return None

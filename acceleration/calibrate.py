@@ -16,13 +16,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from acceleration._latents import latents_of, relative
 from acceleration._newton import Ladder
 from acceleration._ranges import Recording
 from acceleration._reuse import Branch, watched
-from acceleration.base import Accelerator, Call, Refused, Run, accelerated
-from acceleration.gates import Judge, Sight, latents_of, relative
+from acceleration.base import Accelerator, Call, Reached, Refused, Run, accelerated
+from acceleration.gates import Judge, Sight
 from acceleration.taylor_cache import TaylorCache
-from dit.seams import Block, timestep_of
+from dit.seams import timestep_of
 from dit.spec import parse
 
 
@@ -182,22 +183,14 @@ class _Observer:
         self._recording = Recording(self.method.span(step, None, 10**6), careful=True)
         return True
 
-    def visited(
-        self,
-        call: Call,
-        place: int,
-        block: Block,
-        inner: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def visited(self, call: Call, reached: Reached) -> Any:
         assert self._recording is not None
         assert self._sight is not None
         assert self._branch is not None
-        if place == 0 and 0 not in self._recording.span:
-            output, _ = watched(self._sight, self._branch, call, block, inner, args, kwargs)
+        if reached.place == 0 and 0 not in self._recording.span:
+            output, _ = watched(self._sight, self._branch, call, reached)
             return output
-        return self._recording.visited(call, place, block, inner, args, kwargs)
+        return self._recording.visited(call, reached)
 
     def finished(self, call: Call, failed: bool) -> None:
         recording, sight = self._recording, self._sight

@@ -144,7 +144,7 @@ class DeltaCache(Accelerator):
         return predicted_speedup(self, steps, blocks)
 
     def effect(self, run: Run) -> str:
-        reused = [cell for cell in run.cells if "R" in cell["states"]]
+        reused = run.shortened("R")
         if not reused:
             return f"{self.name}: every block of every call was computed"
         ranges = dict.fromkeys(places(cell["states"], "R") for cell in reused)
@@ -152,7 +152,7 @@ class DeltaCache(Accelerator):
         return f"{self.name}: {len(reused)} of {len(run.cells)} calls reused blocks {parts}"
 
     def untouched(self, run: Run) -> str | None:
-        if run.tally["R"] or self.neutral:
+        if run.shortened("R") or self.neutral:
             return None
         if not run.saw_blocks:
             return "none of its blocks was called"

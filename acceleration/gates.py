@@ -14,14 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
+from acceleration._latents import latents_of, relative, wiener
 from acceleration._newton import Ladder
 from dit.spec import Spec, kinds, knob, knobs, spec
-
-_LATENTS = ("hidden_states", "x", "sample", "latents", "x_t")
-_POSITIONS = ("img_ids", "image_ids")
 
 
 @dataclass(slots=True)
@@ -125,21 +122,13 @@ class Mask(Gate):
         return step < len(self.mask) and self.mask[step] == "0"
 
 
-@spec("confidence", paper="CG-Taylor, arXiv:2508.02240")
-class Confidence(Gate):
-    """Shorten where the first block could be forecast: its forecast against what it really gave."""
+class _Measuring:
+    """What gates share that shorten calls while a signal is below a threshold, within bounds."""
 
-    needs: ClassVar[str] = "first block"
-
-    threshold: float = knob(
-        default=0.1, label="Signal below which a call is shortened", low=0.0, high=10.0, step=0.005
-    )
-    limit: int = knob(default=5, label="Most shortened calls in a row", low=0, high=50, unit="steps")
-    budget: float = knob(default=3.0, label="Most error that adds up, in thresholds", low=0.1, high=100.0)
-    measure: str = knob(
-        default="residual", label="What of the first block is compared", choices=("residual", "output")
-    )
-    order: int = knob(default=1, label="Order of the forecast", low=0, high=3)
+    __slots__ = ()
+    threshold: float
+    limit: int
+    budget: float
 
     @property
     def neutral(self) -> bool:
@@ -151,60 +140,66 @@ class Confidence(Gate):
 
     def bounds(self) -> tuple[float, int, float]:
         return self.threshold, self.limit, self.budget * self.threshold
+
+
+def _threshold(default: float) -> float:
+    return knob(
+        default=default, label="Signal below which a call is shortened", low=0.0, high=10.0, step=0.005
+    )
+
+
+def _limit() -> int:
+    return knob(default=5, label="Most shortened calls in a row", low=0, high=50, unit="steps")
+
+
+def _budget() -> float:
+    return knob(default=3.0, label="Most error that adds up, in thresholds", low=0.1, high=100.0)
+
+
+@spec("confidence", paper="CG-Taylor, arXiv:2508.02240")
+class Confidence(_Measuring, Gate):
+    """Shorten where the first block could be forecast: its forecast against what it really gave."""
+
+    needs: ClassVar[str] = "first block"
+
+    threshold: float = _threshold(0.1)
+    limit: int = _limit()
+    budget: float = _budget()
+    measure: str = knob(
+        default="residual", label="What of the first block is compared", choices=("residual", "output")
+    )
+    order: int = knob(default=1, label="Order of the forecast", low=0, high=3)
 
     def watch(self) -> Watch:
         return _FirstBlock(self.order, self.measure == "residual", to_truth=True)
 
 
 @spec("first-block", paper="First Block Cache, ParaAttention 2025")
-class FirstBlock(Gate):
+class FirstBlock(_Measuring, Gate):
     """Shorten where the first block adds nearly what it added at the last full call."""
 
     needs: ClassVar[str] = "first block"
 
-    threshold: float = knob(
-        default=0.1, label="Signal below which a call is shortened", low=0.0, high=10.0, step=0.005
-    )
-    limit: int = knob(default=5, label="Most shortened calls in a row", low=0, high=50, unit="steps")
-    budget: float = knob(default=3.0, label="Most error that adds up, in thresholds", low=0.1, high=100.0)
-
-    @property
-    def neutral(self) -> bool:
-        return self.threshold == 0 or self.limit == 0
-
-    @property
-    def reach(self) -> int:
-        return self.limit
-
-    def bounds(self) -> tuple[float, int, float]:
-        return self.threshold, self.limit, self.budget * self.threshold
+    threshold: float = _threshold(0.1)
+    limit: int = _limit()
+    budget: float = _budget()
 
     def watch(self) -> Watch:
         return _FirstBlock(0, residual=True, to_truth=False)
 
 
 @spec("spectral", paper="SeaCache, arXiv:2602.18993")
-class Spectral(Gate):
+class Spectral(_Measuring, Gate):
     """Shorten while the latent, cleared of noise by a Wiener filter, has moved little since the last full call."""
 
     needs: ClassVar[str] = "latent"
     sums: ClassVar[bool] = True
 
-    threshold: float = knob(
-        default=0.25, label="Signal below which a call is shortened", low=0.0, high=10.0, step=0.005
-    )
-    limit: int = knob(default=5, label="Most shortened calls in a row", low=0, high=50, unit="steps")
+    threshold: float = _threshold(0.25)
+    limit: int = _limit()
     power: float = knob(
         default=2.0, label="Exponent of the spectrum (2 pictures, 3 video)", low=0.5, high=4.0
     )
-
-    @property
-    def neutral(self) -> bool:
-        return self.threshold == 0 or self.limit == 0
-
-    @property
-    def reach(self) -> int:
-        return self.limit
 
     def bounds(self) -> tuple[float, int, float]:
         return self.threshold, self.limit, math.inf
@@ -343,64 +338,3 @@ class _Spectrum:
         scale = 1.0 if self._largest <= 1 else 1000.0
         level = timestep / scale
         return 1 - level if timestep > self._first else level
-
-
-def relative(x: Tensor, y: Tensor) -> float:
-    """Return the mean distance of x from y [B, ...] over the mean size of y, of the sample where it is largest."""
-    dims = tuple(range(1, x.dim())) if x.dim() > 2 else tuple(range(x.dim()))
-    x, y = (one.detach().float() if one.dtype.itemsize < 4 else one.detach() for one in (x, y))
-    far, size = (x - y).abs().mean(dims), y.abs().mean(dims)
-    found = torch.where(
-        far == 0, torch.zeros_like(far), far / size
-    )  # nothing compared with nothing is no distance
-    return float(found.max())
-
-
-def wiener(latent: Tensor, level: float, power: float) -> Tensor:
-    """Clear a latent [B, C, ...] of noise of a level (0-1), taking its spectrum to fall with frequency as 1/f^power.
-
-    The gain is scaled to a mean of 1, so that distances at different levels can be added up.
-    """
-    axes = tuple(range(2, latent.dim()))
-    x = latent.detach().double() if latent.dtype == torch.float64 else latent.detach().float()
-    level = min(max(level, 1e-4), 1 - 1e-4)
-    squares = torch.zeros((), device=x.device, dtype=x.dtype)
-    for axis in axes:
-        shape = [-1 if other == axis else 1 for other in axes]
-        squares = (
-            squares + torch.fft.fftfreq(x.shape[axis], device=x.device, dtype=x.dtype).reshape(shape) ** 2
-        )
-    lowest = 0.5 / max(
-        x.shape[axis] for axis in axes
-    )  # the mean of the picture counts as half its lowest wave
-    spectrum = squares.clamp(min=lowest**2) ** (-power / 2)
-    gain = (1 - level) * spectrum / ((1 - level) ** 2 * spectrum + level**2)
-    return torch.fft.ifftn(torch.fft.fftn(x, dim=axes) * (gain / gain.mean()), dim=axes).real
-
-
-def latents_of(given: Mapping[str, Any]) -> list[Tensor]:
-    """Return the latents of a call as [B, C, ...]; tokens [B, N, C] are laid out by their positions where these are given."""
-    value = next((given[name] for name in _LATENTS if given.get(name) is not None), None)
-    if isinstance(value, list | tuple):  # one [C, ...] a sample
-        return [one.unsqueeze(0) for one in value if isinstance(one, Tensor) and one.dim() > 1]
-    if not isinstance(value, Tensor) or value.dim() < 3:
-        return []
-    if value.dim() > 3:
-        return [value]
-    rows = _rows(given, value.shape[1])
-    return [value.transpose(1, 2).unflatten(2, (rows, -1))]
-
-
-def _rows(given: Mapping[str, Any], tokens: int) -> int:
-    ids = next((given[name] for name in _POSITIONS if isinstance(given.get(name), Tensor)), None)
-    if ids is not None and ids.shape[-1] >= 3 and ids.shape[-2] == tokens:
-        high, wide = (int(ids[..., axis].max() - ids[..., axis].min()) + 1 for axis in (-2, -1))
-        if high * wide == tokens:
-            return high
-    shapes = given.get("img_shapes")
-    while isinstance(shapes, list | tuple) and shapes and isinstance(shapes[0], list | tuple):
-        shapes = shapes[0]
-    if isinstance(shapes, tuple) and len(shapes) == 3 and math.prod(shapes) == tokens:
-        return int(shapes[0] * shapes[1])
-    side = math.isqrt(tokens)
-    return side if side * side == tokens else 1

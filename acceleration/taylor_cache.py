@@ -114,12 +114,13 @@ class TaylorCache(Accelerator):
         """Return the places of the blocks that are left out in a shortened step."""
         return range(self._front, blocks)
 
-    def predicted_speedup(self, steps: int, blocks: int) -> float:
-        """Estimate the speed-up of the denoising loop (last-block), taking all blocks as equally long.
+    def predicted_speedup(self, steps: int, blocks: int) -> float | None:
+        """Estimate the speed-up of the denoising loop, taking all blocks as equally long.
 
-        Where a gate measures it is the most that its limit of steps in a row allows.
+        Where a gate measures it is the most that its limit of steps in a row allows. None at the level of modules: what
+        norms and modulations around them take is not known from the settings.
         """
-        return predicted_speedup(self, steps, blocks)
+        return None if self.level == "modules" else predicted_speedup(self, steps, blocks)
 
     def predicted_bytes(
         self,
@@ -146,7 +147,7 @@ class TaylorCache(Accelerator):
         return values * width * images * branches * kind.itemsize
 
     def effect(self, run: Run) -> str:
-        short = [cell for cell in run.cells if "F" in cell["states"]]
+        short = run.shortened("F")
         if not short:
             return f"{self.name}: every block of every call was computed"
         if self.level == "modules":
@@ -156,7 +157,7 @@ class TaylorCache(Accelerator):
         return f"{self.name}: {len(short)} of {len(run.cells)} calls forecast blocks {parts}"
 
     def untouched(self, run: Run) -> str | None:
-        if run.tally["F"] or self.neutral:
+        if run.shortened("F") or self.neutral:
             return None
         if not run.saw_blocks:
             return "none of its blocks was called"

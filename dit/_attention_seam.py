@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ _TEXT = re.compile(r"context|caption|text|txt")
 _NO_LAYERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _HIDDEN = ("hidden_states", "x", "query")
 _CONTEXT = ("encoder_hidden_states", "context", "key")
+# How many of the last keys of the call that is on its way are no part of the model's own sequence.
+_APPENDED: ContextVar[int] = ContextVar("appended", default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,22 @@ class Attending:
 
 
 Attends = Callable[[Attending], Tensor]
+
+
+def attend_appended(call: Attending, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Answer a call with more keys and values k, v [B, K, M', head size] behind its own.
+
+    `mask` is that of all keys, boolean or additive, broadcastable to [B, K, N, M + M']. Whoever listens nearer to the
+    weights sees the longer call, of the same kind as before, with the additional keys as text that does not ask.
+    """
+    token = _APPENDED.set(_APPENDED.get() + k.shape[-2])
+    try:
+        return _SDPA(
+            call.q, torch.cat([call.k, k], dim=-2), torch.cat([call.v, v], dim=-2), attn_mask=mask,
+            dropout_p=call.dropout, scale=call.scale,
+        )  # fmt: skip
+    finally:
+        _APPENDED.reset(token)
 
 
 @contextmanager
@@ -191,12 +210,15 @@ class _Listener(TorchFunctionMode):
         else:
             visit = _Visit("attention", None, None)
             number, now.nameless = now.nameless, now.nameless + 1
-        kind, text = self._kind(visit, q.shape[-2], k.shape[-2])
-        missing = k.shape[-2] - q.shape[-2] if kind == "joint" else 0  # text that is heard but does not ask
+        appended = _APPENDED.get()
+        keys = k.shape[-2] - appended
+        kind, text = self._kind(visit, q.shape[-2], keys)
+        missing = keys - q.shape[-2] if kind == "joint" else 0  # text that is heard but does not ask
         first = max(0, text[0] - missing)
         return Attending(
             path=f"{visit.path}#{number}" if number else visit.path,
-            kind=kind, q=q, k=k, v=given["value"], mask=given.get("attn_mask"), text=text,
+            kind=kind, q=q, k=k, v=given["value"], mask=given.get("attn_mask"),
+            text=(text[0], text[1] + appended),
             query_text=(first, max(0, text[1] - (missing - (text[0] - first)))),
             scale=given.get("scale"), causal=bool(given.get("is_causal")), dropout=float(given.get("dropout_p") or 0.0),
             exact=lambda: _SDPA(*args, **kwargs),

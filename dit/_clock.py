@@ -87,8 +87,11 @@ class Clock:
             step = self._context[1] if step is None else step
         reading = read if callable(read) else lambda: read
         known = self._turn_to(step) if step is not None else self._follow(reading)
-        self._read = reading
         name = branch or self._recognise(condition)
+        if step is not None and self._starts_over(name, reading):
+            self.begin(self.steps)
+            self._turn_to(step)
+        self._read = self._reads[name] = reading
         evaluation = self._seen.get(name, 0)
         self._seen[name] = evaluation + 1
         self._ordinal += 1
@@ -104,8 +107,19 @@ class Clock:
         self._timestep: float | None = None
         self._read = _unread
         self._seen: dict[str, int] = {}
+        self._reads: dict[str, Reading] = {}  # of the last call of each branch in this step
         self._before: dict[str, int] = {}  # evaluations of each branch in the step before
         self._prompts: dict[str, weakref.ref[Any]] = {}
+
+    def _starts_over(self, name: str, read: Reading) -> bool:
+        """Whether a run was cut short in this very step and another begins: the same branch at the same timestep again.
+
+        Only where the step is announced: schedulers that evaluate twice change the timestep within such a step.
+        """
+        if name not in self._seen:
+            return False
+        value = read()
+        return value is not None and value == self._reads[name]()
 
     def _turn_to(self, step: int) -> bool:
         if step < self.step:
@@ -145,7 +159,7 @@ class Clock:
 
     def _next(self, step: int) -> None:
         self._before = self._seen if step == self.step + 1 else {}
-        self.step, self._ordinal, self._seen = step, 0, {}
+        self.step, self._ordinal, self._seen, self._reads = step, 0, {}, {}
 
     def _recognise(self, condition: Any) -> str:
         """Name the branch by its prompt tensor if it was seen before, or else by the place of the call."""

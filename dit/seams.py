@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit._attention_seam import Attending, attention_layers, attention_seam, unseen
+from dit._attention_seam import Attending, attend_appended, attention_layers, attention_seam, unseen
 from dit._clock import Clock, Moment
 from dit._streams import Output, Tensors, arguments, match, tensor_arguments, version
 
 __all__ = [
-    "RUN", "Attending", "Block", "Blocks", "Clock", "Moment", "Output", "Tensors", "Visit", "announce", "arguments",
-    "around_blocks", "around_calls", "attention_layers", "attention_seam", "blocks_of", "fingerprint", "match",
+    "CONTROL_RUN", "RUN", "Attending", "Block", "Blocks", "Clock", "Moment", "Output", "Tensors", "Visit", "announce", "arguments",
+    "around_blocks", "around_calls", "attend_appended", "attention_layers", "attention_seam", "blocks_of", "fingerprint", "match",
     "named_contexts", "observed", "patched", "prompt_of", "tensor_arguments", "timestep_of", "unseen", "version",
     "writes_cache",
 ]  # fmt: skip
 
 _ABSENT = object()
 RUN = "_leapfrog_run"  # where a transformer carries the run that is attached to it
+CONTROL_RUN = "_leapfrog_control"  # and where it carries that of the adapters that steer it
 _TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 _PROMPTS = (
     "encoder_hidden_states", "encoder_hidden_states_t5", "encoder_hidden_states_llama3", "cap_feats", "class_labels",
@@ -181,18 +182,19 @@ def named_contexts(transformer: nn.Module, clock: Clock) -> Iterator[None]:
 def announce(
     transformer: nn.Module, *, steps: int | None = None, step: int | None = None, branch: str | None = None
 ) -> None:
-    """Tell the run attached to `transformer` that a run of `steps` begins, or what the next call is.
+    """Tell the runs attached to `transformer` that a run of `steps` begins, or what the next call is.
 
     `step` counts denoising steps from 0 (a scheduler that evaluates twice announces the same step twice).
     Does nothing where no run is attached.
     """
-    run = transformer.__dict__.get(RUN)
-    if run is None:
-        return
-    if steps is not None:
-        run.clock.begin(steps)
-    if step is not None or branch is not None:
-        run.clock.announce(step, branch)
+    for name in (CONTROL_RUN, RUN):
+        run = transformer.__dict__.get(name)
+        if run is None:
+            continue
+        if steps is not None:
+            run.clock.begin(steps)
+        if step is not None or branch is not None:
+            run.clock.announce(step, branch)
 
 
 def timestep_of(given: Mapping[str, Any]) -> Callable[[], float | None]:

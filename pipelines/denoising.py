@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dit.model import Backbone
 from dit.seams import announce
+from pipelines import autoencoder
 from pipelines.request import RequestError
 from pipelines.schedulers import is_flow
 
@@ -80,7 +81,7 @@ class GuidedPipeline(DiffusionPipeline):
         vae = getattr(self, "vae", None)
         if codec is not None:
             return int(codec.scale_factor)
-        return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        return 1 if vae is None else autoencoder.scale_of(vae)
 
     @property
     def multiple(self) -> int:
@@ -156,7 +157,7 @@ class GuidedPipeline(DiffusionPipeline):
         if codec is not None:
             latents = codec.encode(pixels.to(codec.dtype))
         elif vae is not None:
-            latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+            latents = autoencoder.encode(vae, pixels)
         else:
             latents = pixels
         return latents.float().expand(count, -1, -1, -1)
@@ -212,8 +213,8 @@ class GuidedPipeline(DiffusionPipeline):
             ((name, inputs),) = branches.items()
             return self._shaped(self._predict(latents, time, step, name, inputs), None)
         if mode == "sequential":
-            uncond, cond = (
-                self._predict(latents, time, step, name, branches[name]) for name in ("uncond", "cond")
+            cond, uncond = (  # this order lets GuidanceSkip make the second from the first
+                self._predict(latents, time, step, name, branches[name]) for name in ("cond", "uncond")
             )
         else:
             joined = {
@@ -258,7 +259,7 @@ class GuidedPipeline(DiffusionPipeline):
         if codec is not None:
             latents = codec.decode(latents.to(codec.dtype))
         elif vae is not None:
-            latents = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+            latents = autoencoder.decode(vae, latents)
         pixels = (latents.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return pixels

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import catalog, machine
+from pipelines import catalog, machine, profile
+from pipelines._retry import instead
 from pipelines.calls import arguments, default_of, finished, takes
 from pipelines.catalog import Card, Loaded
 from pipelines.request import Request, RequestError
@@ -51,11 +52,12 @@ class Cancelled(Exception):
     """The run was stopped because `on_step` returned False; nothing was decoded."""
 
 
-def generate(request: Request, *, on_step: OnStep | None = None) -> Result:
+def generate(request: Request, *, on_step: OnStep | None = None, retry: bool = True) -> Result:
     """Make the pictures of a request.
 
     Args:
         on_step: called with a `Progress` at every phase and after every evaluation; returning False stops the run.
+        retry: make a picture again, exactly, where the accelerated one holds NaN or one colour; its report says so.
 
     Raises:
         RequestError: the request does not suit the model, or the model is unknown or refused; nothing was loaded.
@@ -66,20 +68,32 @@ def generate(request: Request, *, on_step: OnStep | None = None) -> Result:
     watch.tell("load")
     folder, card = catalog.prepare(catalog.find(request.model))
     check(request, card)
+    tuned, named = profile.find(request), request.profile
+    if tuned is not None:
+        profile.check(tuned, request, card)
     image, image_digest = _read_image(request.image)
     start = time.perf_counter()
     loaded = catalog.load_folder(folder, card, request.dtype, request.device)
     loading = time.perf_counter() - start
     with loaded.lock:
+        if tuned is not None:
+            request = profile.resolved(
+                tuned, request, loaded, arguments(loaded.pipeline, request, card, image)
+            )
         _check_accelerators(request, loaded.pipeline)
         made = []
         for index in range(request.images):
             watch.picture = index
             made.append(_picture(request.one(index), loaded, image, watch))
+            if retry and made[-1].report["failures"] and request.accelerators:
+                plain = made[-1].request.replace(accelerators=(), profile=None)
+                made[-1] = instead(made[-1], _picture(plain, loaded, image, watch))
     for picture in made:
         picture.report["timings"] = {"load": loading} | picture.report["timings"]
         if image_digest:
             picture.report["image"] = image_digest
+        if tuned is not None:
+            picture.report["profile"] = profile.noted(tuned, named)
     return Result(tuple(made), request, _whole(made, loading))
 
 

@@ -31,6 +31,7 @@ class Measured:
     """One comparison. `pictures` and `floor` hold a difference for each picture, `times` the seconds of every round.
 
     `latent_errors` are |accelerated - exact| / |exact| before decoding; None where the pipeline decodes nothing.
+    `results` holds the first result of each kind, by "exact" and "accelerated".
     """
 
     request: Request
@@ -42,6 +43,7 @@ class Measured:
     predicted_speedup: float | None
     report: dict[str, Any]
     failures: tuple[str, ...]
+    results: dict[str, Result] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def psnr(self) -> float:
@@ -141,17 +143,19 @@ def compare(
 
     One run of each kind goes before, untimed. Loading is never counted.
 
+    A request that names a profile is compared with what the profile stands for, and no accelerators are given.
+
     Raises:
         RequestError: no accelerator is given, or one that cannot work here; and all that `generate` raises.
     """
     from pipelines.generate import generate
 
-    if not accelerators:
+    if not accelerators and request.profile is None:
         raise RequestError("accelerators", [], "at least one, such as delta-cache")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= ROUNDS:
         raise RequestError("rounds", rounds, f"a whole number from 1 to {ROUNDS}")
     requests = {
-        "exact": request.replace(accelerators=()),
+        "exact": request.replace(accelerators=(), profile=None),
         "accelerated": request.replace(accelerators=tuple(accelerators)),
     }
     times: dict[str, dict[str, list[float]]] = {kind: {"denoise": [], "end_to_end": []} for kind in KINDS}
@@ -160,10 +164,10 @@ def compare(
     floor: list[Difference] = []
     for kind in KINDS:  # warm up, and keep the latents: nothing is captured while time counts
         with _latents(requests[kind]) as latents[kind]:
-            first[kind] = generate(requests[kind], on_step=on_step)
+            first[kind] = generate(requests[kind], on_step=on_step, retry=False)
     for turn in range(rounds):
         for kind in KINDS if turn % 2 == 0 else reversed(KINDS):
-            result = generate(requests[kind], on_step=on_step)
+            result = generate(requests[kind], on_step=on_step, retry=False)
             seconds = result.report["timings"]
             times[kind]["denoise"].append(seconds["denoise"])
             times[kind]["end_to_end"].append(sum(seconds[phase] for phase in PHASES))
@@ -171,15 +175,16 @@ def compare(
                 floor = _furthest(floor, _differences(result, first["exact"]))
     report = first["accelerated"].report
     return Measured(
-        request=requests["accelerated"],
+        request=first["accelerated"].request,
         rounds=rounds,
         pictures=tuple(_differences(first["accelerated"], first["exact"])),
         floor=tuple(floor),
         latent_errors=tuple(_errors(latents, request.images)),
         times=times,
-        predicted_speedup=_predicted(requests["accelerated"], report),
+        predicted_speedup=_predicted(first["accelerated"].request, report),
         report=report,
         failures=tuple(f"{kind}: {one}" for kind in KINDS for one in first[kind].report.get("failures", [])),
+        results=first,
     )
 
 
@@ -246,11 +251,8 @@ def _errors(latents: dict[str, list[Any]], count: int) -> list[float | None]:
 
 def _predicted(request: Request, report: dict[str, Any]) -> float | None:
     """Return what the schedules alone promise; None where a method makes no prediction."""
-    steps, blocks = report["run"].get("steps", 0), report["run"].get("blocks", 0)
-    found = [getattr(one, "predicted_speedup", None) for one in request.accelerators]
-    if not steps or not blocks or any(one is None for one in found):
-        return None
-    return math.prod(float(one(steps, blocks)) for one in found if one is not None)
+    found = report["run"].get("predicted_speedup") if request.accelerators else None
+    return None if found is None else float(found)
 
 
 def _number(value: float, digits: int = 2) -> float | None:

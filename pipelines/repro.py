@@ -122,6 +122,8 @@ def _confirmed(request: Request, was: dict[str, Any], model: str | None, image: 
             request.model,
             "shipped, or confirmed by you with --model: a file cannot choose what is opened",
         )
+    if request.profile is not None:  # ours hold what a profile stood for, not its name
+        raise RequestError("profile", request.profile, "left out: a file cannot choose what is opened")
     if image is not None:
         changes["image"] = image
     elif request.image is not None:

@@ -65,9 +65,10 @@ class Request:
     dtype: str = knob("auto", "Number format of the weights", choices=DTYPES)
     device: str = knob("auto", "Device: auto, cpu, cuda, cuda:1, mps")
     accelerators: tuple[Spec, ...] = knob((), "Accelerators, for example delta-cache:interval=3")
+    profile: str | None = knob(None, "Accelerators by a profile of leapfrog tune: its file or name")
 
     def __post_init__(self) -> None:
-        for name in ("image", "model"):
+        for name in ("image", "model", "profile"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         object.__setattr__(self, "accelerators", _read_accelerators(self.accelerators))
@@ -87,6 +88,12 @@ class Request:
         _check_text("model", self.model, 1024, empty=False)
         if self.image is not None:
             _check_text("image", self.image, 4096, empty=False)
+        if self.profile is not None:
+            _check_text("profile", self.profile, 4096, empty=False)
+            if self.accelerators:
+                raise RequestError(
+                    "profile", self.profile, "left out where accelerators are given: it stands for some"
+                )
         if self.class_label is not None and self.prompt:
             raise RequestError("prompt", self.prompt, "empty where a class number is given")
 

@@ -10,16 +10,19 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-STATES = {"C": "computed", "S": "sparse", "R": "reused", "F": "forecast"}
+STATES = {"C": "computed", "S": "sparse", "M": "merged", "R": "reused", "F": "forecast"}
 """What the letters of a run's cells mean."""
-FILLS = {"C": "#047857", "S": "url(#sparse)", "R": "url(#reused)", "F": "url(#forecast)"}
+FILLS = {"C": "#047857", "S": "url(#sparse)", "M": "url(#merged)", "R": "url(#reused)", "F": "url(#forecast)"}
 LEFT = 52.0  # px, for the numbers of the blocks
 
-# Solid, hatched across, striped aslant, dotted: told apart by the pattern, and from dark to light by the ink alone.
+# Solid, hatched across, in rings, striped aslant, dotted: told apart by the pattern, and from dark to light by the ink alone.
 _PATTERNS = (
     '<pattern id="sparse" width="4" height="4" patternUnits="userSpaceOnUse">'
     '<rect class="mid" width="4" height="4" fill="#99f6e4"/>'
     '<path class="weave" d="M0 1H4M1 0V4" stroke="#0f766e" stroke-width="1.3"/></pattern>'
+    '<pattern id="merged" width="6" height="6" patternUnits="userSpaceOnUse">'
+    '<rect class="light" width="6" height="6" fill="#dbeafe"/>'
+    '<ellipse class="rings" cx="3" cy="3" rx="1.9" ry="1.9" fill-opacity="0" stroke="#1d4ed8" stroke-width="1.2"/></pattern>'
     '<pattern id="reused" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
     '<rect class="paper" width="5" height="5" fill="#fde9c8"/>'
     '<line class="ink" y2="5" stroke="#b45309" stroke-width="2.4"/></pattern>'

@@ -179,6 +179,25 @@ def test_a_run_that_begins_late_uses_nothing_of_the_run_before(toy: Any) -> None
     assert states(run)[3:] == ["CCCCCC", "CCCCCC", "RRRRRR"]
 
 
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_run_cut_short_and_begun_again_at_the_same_step(toy: Any, first: int) -> None:
+    """A pipeline that begins at a later step (image to image, a second network) is cut there and called again."""
+
+    def call(step: int, scale: float) -> Any:
+        announce(toy.model, step=step, branch="cond")
+        with torch.no_grad():
+            return toy.model(toy.x * scale, 1 - step / 10)
+
+    method = DeltaCache(mode="whole", interval=5, warmup=1, final_full=0)
+    with accelerated(toy.model, method, steps=10):
+        expected = [call(step, 1.0) for step in range(first, first + 3)]
+    with accelerated(toy.model, method, steps=10) as run:
+        call(first, 7.0)
+        found = [call(step, 1.0) for step in range(first, first + 3)]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert [cell["run"] for cell in run.report().cells] == [0, 1, 1, 1]
+
+
 def test_two_pipelines_may_share_a_transformer_one_after_the_other(toy: Any) -> None:
     with accelerated(toy.model, DeltaCache(mode="rear"), steps=10):
         first = toy.run()

@@ -311,7 +311,7 @@ def test_predictor_and_corrector_reuse_each_their_own(toy: Any) -> None:
         for step in range(9):
             for evaluation, x in enumerate(latents):
                 announce(toy.model, step=step, branch="cond")
-                outputs[step, evaluation] = toy.model(x, 0.5)
+                outputs[step, evaluation] = toy.model(x, 0.5 - evaluation / 100)
     shortened = [(cell["step"], cell["evaluation"]) for cell in run.report().cells if "R" in cell["states"]]
     assert shortened == [(2, 0), (3, 0), (4, 0), (6, 0), (7, 0)]  # each corrector after them is full
     for step, evaluation in shortened:

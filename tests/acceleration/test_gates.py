@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from acceleration import Accelerator, DeltaCache, Refused, TaylorCache, accelerated
+from acceleration._latents import latents_of, relative, wiener
 from acceleration.calibrate import Profile, calibrate
-from acceleration.gates import Gate, Judge, Sight, gate_for, latents_of, relative, wiener
+from acceleration.gates import Gate, Judge, Sight, gate_for
 from dit.spec import kinds, parse
 
 

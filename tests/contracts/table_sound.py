@@ -85,6 +85,14 @@ TABLE: dict[str, dict[str, Any]] = {
             "hidden_states": r(B, 3, H, H), "encoder_hidden_states": r(B, 5, 16), "pooled_projections": r(B, 16),
         },
     },
+    "EMMDiT": {
+        "home": "dit.backbones.emmdit",
+        "config": {
+            "in_channels": 4, "sample_size": 4, "width": 16, "heads": 2, "groups": [2, 3, 2], "context_dim": 16,
+        },
+        "inputs": lambda r, B, H: {"hidden_states": r(B, 4, H, H), "encoder_hidden_states": r(B, 5, 16)},
+        "joins": 2,  # tokens are compressed, and reconstructed
+    },
 }  # fmt: skip
 
 # Classes that cannot stand alone at tiny size, and why.

@@ -29,6 +29,9 @@ def neutral(cls: type[Accelerator]) -> Accelerator:
         "taylor-cache": {"interval": 1},
         "adaspa": {"density": 1.0},
         "xattention": {"threshold": 1.0},
+        "token-merge": {"ratio": 0.0},
+        "guidance-skip": {"interval": 1},
+        "step-forecast": {"interval": 1},
     }[cls.name]
     method = cls(**found)
     assert method.neutral
@@ -48,6 +51,7 @@ def eager(cls: type[Accelerator]) -> list[Accelerator]:
             {"warmup": 2, "gate": "confidence", "threshold": 5.0, "limit": 2},
             {"warmup": 2, "gate": "spectral", "threshold": 5.0, "limit": 2},
         ],
+        "step-forecast": [few, few | {"order": 0, "variable": "index"}, few | {"order": 2, "variable": "logit"}],
     }
     # Methods that decide about something else than blocks are in test_sparse_accelerators.py.
     return [cls(**settings) for settings in found.get(cls.name, ())]

@@ -104,9 +104,7 @@ def test_json_round_trip_of_every_field() -> None:
     changed = [
         one.name for one in settings() if getattr(request, one.name) == one.default and one.name != "model"
     ]
-    assert changed == ["class_label"], (
-        "every field but the class is set to something else than its default here"
-    )
+    assert changed == ["class_label", "profile"], "every other field is set to something else than its default"
     assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
 
 

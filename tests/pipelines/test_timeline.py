@@ -23,14 +23,14 @@ def run(*states: str, branches: tuple[str, ...] = ("cond",)) -> dict[str, Any]:
 
 
 def test_every_block_call_is_drawn_once() -> None:
-    tree = ET.fromstring(drawing(run("CCCC", "CRRC", "FFSS"), title="a <b> & c"))
+    tree = ET.fromstring(drawing(run("CCCC", "CRRC", "FFSS", "MMMM"), title="a <b> & c"))
     bars = [
         one.get("class")
         for group in tree.iter(f"{SVG}g")
         if group.find(f"{SVG}title") is not None
         for one in group.iter(f"{SVG}rect")
     ]
-    assert {state: bars.count(state) for state in STATES} == {"C": 6, "S": 2, "R": 2, "F": 2}
+    assert {state: bars.count(state) for state in STATES} == {"C": 6, "S": 2, "M": 4, "R": 2, "F": 2}
     assert (tree.get("data-computed"), tree.get("data-sparse")) == ("6", "2")
     assert "a <b> & c" in [text.text for text in tree.iter(f"{SVG}text")]
     assert "step 3, blocks 2 to 3: sparse" in [title.text for title in tree.iter(f"{SVG}title")]
@@ -38,7 +38,7 @@ def test_every_block_call_is_drawn_once() -> None:
 
 def test_states_differ_without_colour() -> None:
     """One is solid, the others have a pattern each, and no two patterns are built alike."""
-    tree = ET.fromstring(drawing(run("CSRF")))
+    tree = ET.fromstring(drawing(run("CSMRF")))
     patterns = {one.get("id"): one for one in tree.iter(f"{SVG}pattern")}
     assert {fill for fill in FILLS.values() if fill.startswith("url")} == {
         f"url(#{name})" for name in patterns
