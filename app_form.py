@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines import profile as profiles
 from pipelines.catalog import Card
 from pipelines.form import Field, fields, read
 from pipelines.request import Request, RequestError, accelerator_kinds
@@ -72,6 +73,18 @@ def size_label(width: int, height: int) -> str:
 def _snapped(side: float, card: Card) -> int:
     low, high = -(-card.low // card.multiple), card.high // card.multiple
     return card.multiple * min(max(round(side / card.multiple), low), high)
+
+
+def profile_choices(model: str) -> dict[str, Any]:
+    """Return what a dropdown of a model's profiles shows; it is hidden where there are none."""
+    names = [(f"{name} ({one.budget})", name) for name, one in profiles.known(model).items()]
+    return {"choices": [("none: choose below", ""), *names], "value": "", "visible": bool(names)}
+
+
+def profile_note(model: str, name: str) -> str:
+    """Return in one sentence what a profile stands for and what was measured with it."""
+    found = profiles.known(model).get(name)
+    return "" if found is None else f"Measured when it was tuned: {found.measured}."
 
 
 def styles_of(card: Card) -> list[str]:
@@ -152,8 +165,20 @@ def request_of(
         seed=secrets.randbelow(LARGEST_RANDOM_SEED) if new else read(Request, "seed", seed),
         images=_whole(values["images"]),
         scheduler=values["scheduler"],
-        accelerators=_accelerators(values, given) if values["speed"] == ACCELERATED else (),
+        **_speed(values, given),
     )
+
+
+def _speed(values: Mapping[str, Any], given: Mapping[str, Sequence[Field]]) -> dict[str, Any]:
+    if values["speed"] != ACCELERATED:
+        return {}
+    name = values["profile"]
+    if not name:
+        return {"accelerators": _accelerators(values, given)}
+    names = profiles.known(values["model"])
+    if name not in names:  # a browser chooses among the known, and opens no file
+        raise RequestError("profile", name, f"one of {', '.join(names) or 'none that is there'}")
+    return {"profile": name}
 
 
 def _accelerators(values: Mapping[str, Any], given: Mapping[str, Sequence[Field]]) -> Any:
@@ -199,7 +224,8 @@ def values_of(request: Request, card: Card, given: Mapping[str, Sequence[Field]]
         "new_seed": False,
         "images": request.images,
         "scheduler": request.scheduler,
-        "speed": ACCELERATED if request.accelerators else EXACT,
+        "speed": ACCELERATED if request.accelerators or request.profile else EXACT,
+        "profile": "",
     }
     used = {one.name: one.to_dict() for one in request.accelerators}
     for name, settings in given.items():

@@ -16,17 +16,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pipelines.generate import Progress
+    from pipelines.measure import Measured
     from pipelines.request import Request
     from pipelines.result import Result
 
 WAITING = 32
 """Most jobs that wait; more are refused."""
+ROUNDS = 2
+"""Timed runs of each kind in a comparison; one of each goes before."""
+RUNS = 2 * (ROUNDS + 1)
 KEPT = 200
 """How many finished jobs are remembered."""
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Make = Callable[..., "Result"]
 """`pipelines.generate.generate`, or something with its interface."""
+Compare = Callable[..., "Measured"]
+"""`pipelines.measure.compare`, or something with its interface."""
 
 
 class QueueFull(RuntimeError):
@@ -51,6 +57,11 @@ class Job:
     started: float = 0.0
     ended: float = 0.0
     cancel: threading.Event = dataclasses.field(default_factory=threading.Event)
+    comparing: bool = False
+    """Whether the picture is also made exactly, and both are measured."""
+    measured: Measured | None = None
+    runs: int = 0
+    """Runs begun; a comparison takes several."""
 
     @property
     def over(self) -> bool:
@@ -65,6 +76,7 @@ class Job:
     def told(self, progress: Progress) -> bool:
         """Take note of where the run stands; False asks it to stop."""
         last = self.progress
+        self.runs += progress.phase == "load"
         if progress.phase == "denoise" and (
             self.pace is None or last is None or last.picture != progress.picture
         ):
@@ -80,13 +92,18 @@ class Jobs:
         folder: where pictures are saved.
         make: turns a request into a result; `pipelines.generate.generate`, imported when first needed.
         warm: called once by the worker before its first job, to load what the first picture needs.
+        compare: measures a request against its exact run; `pipelines.measure.compare`.
     """
 
     def __init__(
-        self, folder: Path, make: Make | None = None, warm: Callable[[], object] | None = None
+        self,
+        folder: Path,
+        make: Make | None = None,
+        warm: Callable[[], object] | None = None,
+        compare: Compare | None = None,
     ) -> None:
         self.folder = folder
-        self._make, self._warm = make, warm
+        self._make, self._warm, self._compare = make, warm, compare
         self._known: OrderedDict[str, Job] = OrderedDict()
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -94,14 +111,14 @@ class Jobs:
         self._running: Job | None = None
         self._closed = False
 
-    def submit(self, request: Request) -> Job:
+    def submit(self, request: Request, *, comparing: bool = False) -> Job:
         """Put a request at the end of the queue. Raises: QueueFull."""
         with self._changed:
             if self._closed:
                 raise QueueFull("The page is closing; start it again and try once more.")
             if len(self._queue) >= WAITING:
                 raise QueueFull(f"{WAITING} pictures are waiting already; try again when some are done.")
-            job = Job(request, self.folder)
+            job = Job(request, self.folder, comparing=comparing)
             self._known[job.name] = job
             self._queue.append(job)
             self._forget()
@@ -173,17 +190,29 @@ class Jobs:
         from pipelines.generate import Cancelled
 
         try:
-            result = self._generate()(job.request, on_step=job.told)
+            results = (
+                self._compared(job) if job.comparing else [self._generate()(job.request, on_step=job.told)]
+            )
             job.phase = "save"
             job.folder.mkdir(parents=True, exist_ok=True)
-            job.paths = result.save(job.folder)
-            job.report = result.report
+            job.paths = [path for result in results for path in result.save(job.folder)]
+            job.report = results[-1].report
+            job.request = results[-1].request  # a profile's name has become what it stands for
         except Cancelled:
             return "cancelled"
         except Exception as error:  # noqa: BLE001 - one bad job must not stop the ones behind it
             job.error = told(error)
             return "failed"
         return "done"
+
+    def _compared(self, job: Job) -> list[Result]:
+        """Compare a request with its exact run; return the exact result and the accelerated one."""
+        if self._compare is None:
+            from pipelines.measure import compare
+
+            self._compare = compare
+        job.measured = self._compare(job.request, job.request.accelerators, ROUNDS, on_step=job.told)
+        return [job.measured.results[kind] for kind in ("exact", "accelerated")]
 
     def _generate(self) -> Make:
         if self._make is None:

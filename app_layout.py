@@ -119,6 +119,16 @@ class Layout:
         self.inputs["speed"] = gr.Radio(list(form.SPEEDS), value=form.EXACT, label="Speed", elem_id="speed")
         self.parts["speed_note"] = gr.Markdown(speed_note(form.EXACT), elem_classes="note")
         with gr.Column(visible=False) as self.parts["methods"]:
+            self.inputs["profile"] = gr.Dropdown(
+                **form.profile_choices(self.first.name), label="Tuned settings", filterable=False
+            )
+            self.parts["profile_note"] = gr.Markdown(visible=False, elem_classes="note")
+            self._methods()
+
+    def _methods(self) -> None:
+        import gradio as gr
+
+        with gr.Column() as self.parts["by_hand"]:
             for place, (name, fields) in enumerate(self.methods.items()):
                 several, on = len(self.methods) > 1, place == 0
                 with gr.Column(elem_classes="method"):
@@ -154,6 +164,9 @@ class Layout:
                 "Stop", size="lg", elem_id="stop", interactive=False, scale=1, min_width=90
             )
         gr.HTML('<p class="keys">or Ctrl + Enter</p>')
+        self.parts["compare"] = gr.Button(
+            "Compare with the exact picture", size="sm", elem_id="compare", visible=False
+        )
 
     def _folded(self) -> None:
         import gradio as gr

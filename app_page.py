@@ -51,13 +51,17 @@ class Page(Layout):
     def _connect(self, page: Any) -> None:
         inputs, parts = self.inputs, self.parts
         every = list(inputs.values())
-        asked = [parts[name] for name in ("job", "remembered", "status", "generate", "stop")]
+        asked = [parts[name] for name in ("job", "remembered", "status", "generate", "stop", "compare")]
         shown = [parts[name] for name in _SHOWN]
         written = [parts["written"], inputs["seed"]]
         started = parts["generate"].click(
             self._submit, [parts["written"], *every], [*asked, *written], **_PRIVATE
         )
         started.then(self._watch, parts["job"], shown, **_PRIVATE)
+        compared = parts["compare"].click(
+            self._submit_comparison, [parts["written"], *every], [*asked, *written], **_PRIVATE
+        )
+        compared.then(self._watch, parts["job"], shown, **_PRIVATE)
         parts["stop"].click(self._stop, parts["job"], None, queue=False, **_PRIVATE)
         again = page.load(self._again, parts["remembered"], asked, **_PRIVATE)
         again.then(self._watch, parts["job"], shown, **_PRIVATE)
@@ -79,8 +83,15 @@ class Page(Layout):
             **_PRIVATE,
         )
         inputs["seed"].input(lambda: False, None, inputs["new_seed"], queue=False, **_PRIVATE)
-        speed = [parts["methods"], parts["speed_note"]]
+        speed = [parts["methods"], parts["speed_note"], parts["compare"]]
         inputs["speed"].change(_speed_shown, inputs["speed"], speed, queue=False, **_PRIVATE)
+        inputs["profile"].change(
+            _profile_shown,
+            [inputs["model"], inputs["profile"]],
+            [parts["by_hand"], parts["profile_note"]],
+            queue=False,
+            **_PRIVATE,
+        )
         for name in self.methods:
             chosen = [inputs[other] for other in self.methods if self.rivals(name, other)]
             if chosen:
@@ -92,6 +103,12 @@ class Page(Layout):
         parts["file"].upload(self._reuse, parts["file"], reused, **_PRIVATE)
 
     def _submit(self, written: str | None, *values: Any) -> Updates:
+        return self._asked(written, values, comparing=False)
+
+    def _submit_comparison(self, written: str | None, *values: Any) -> Updates:
+        return self._asked(written, values, comparing=True)
+
+    def _asked(self, written: str | None, values: Sequence[Any], *, comparing: bool) -> Updates:
         import gradio as gr
 
         parts = self.parts
@@ -99,7 +116,7 @@ class Page(Layout):
             given = dict(zip(self.inputs, values, strict=True))
             takes_class = self.cards[given["model"]].takes_class
             request = form.request_of(given, self.methods, takes_class=takes_class, written=written)
-            job = self.jobs.submit(request)
+            job = self.jobs.submit(request.one(0) if comparing else request, comparing=comparing)
         except (RequestError, QueueFull) as error:
             return {parts["job"]: "", parts["status"]: views.trouble(_sentence(error))}
         return {
@@ -107,6 +124,7 @@ class Page(Layout):
             parts["remembered"]: job.name,
             parts["status"]: views.progress(job),
             parts["generate"]: gr.Button(interactive=False),
+            parts["compare"]: gr.Button(interactive=False),
             parts["stop"]: gr.Button(interactive=True),
             parts["written"]: str(request.seed),
             self.inputs["seed"]: str(request.seed),
@@ -128,6 +146,7 @@ class Page(Layout):
             await asyncio.sleep(WATCHED)
         buttons = {
             parts["generate"]: gr.Button(interactive=True),
+            parts["compare"]: gr.Button(interactive=True),
             parts["stop"]: gr.Button(interactive=False),
         }
         yield {parts["status"]: views.ended(job)} | buttons | (self._done(job) if job.state == "done" else {})
@@ -146,12 +165,16 @@ class Page(Layout):
             ["small"] if job.report["effective"]["width"] <= SMALL else [],
         )
         captions = [f"{words} (seed {job.request.seed + place})" for place in range(len(files))]
+        if job.measured is not None:
+            captions = [f"{words}: {kind}" for kind in ("exact", "accelerated")]
         return {
             parts["empty"]: gr.HTML(visible=False),
             parts["example_box"]: gr.Column(visible=False),
             parts["picture"]: gr.Image(one, visible=not several, alt_text=words, elem_classes=small),
             parts["gallery"]: gr.Gallery(
-                list(zip(files, captions, strict=True)) if several else None, visible=several
+                list(zip(files, captions, strict=True)) if several else None,
+                visible=several,
+                columns=3 if job.measured is None else 2,
             ),
             parts["report"]: views.report(job),
         }
@@ -169,6 +192,7 @@ class Page(Layout):
         over = job.over
         buttons = {
             parts["generate"]: gr.Button(interactive=over),
+            parts["compare"]: gr.Button(interactive=over),
             parts["stop"]: gr.Button(interactive=not over),
         }
         return {parts["job"]: job.name} | buttons
@@ -203,6 +227,7 @@ class Page(Layout):
             inputs["size"]: gr.Dropdown(form.sizes(card), value=values["size"]),
             inputs["steps"]: gr.Slider(maximum=max(100, values["steps"]), value=values["steps"]),
             inputs["guidance"]: values["guidance"],
+            inputs["profile"]: gr.Dropdown(**form.profile_choices(model)),
         }
 
     def _reuse(self, file: str) -> Updates:
@@ -235,7 +260,7 @@ class Page(Layout):
         return updates | {parts["status"]: said, parts["file"]: None}
 
 
-_SHOWN = ("status", "empty", "example_box", "picture", "gallery", "report", "generate", "stop")
+_SHOWN = ("status", "empty", "example_box", "picture", "gallery", "report", "generate", "stop", "compare")
 
 
 def _only(others: Sequence[Any]) -> Callable[[bool], Any]:
@@ -256,10 +281,18 @@ def _shown(on: bool) -> Any:
     return gr.Column(visible=on)
 
 
-def _speed_shown(speed: str) -> tuple[Any, str]:
+def _speed_shown(speed: str) -> tuple[Any, str, Any]:
     import gradio as gr
 
-    return gr.Column(visible=speed == form.ACCELERATED), speed_note(speed)
+    on = speed == form.ACCELERATED
+    return gr.Column(visible=on), speed_note(speed), gr.Button(visible=on)
+
+
+def _profile_shown(model: str, name: str | None) -> tuple[Any, Any]:
+    import gradio as gr
+
+    note = form.profile_note(model, name or "")
+    return gr.Column(visible=not name), gr.Markdown(note, visible=bool(note))
 
 
 def _sentence(error: Exception) -> str:

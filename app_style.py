@@ -191,6 +191,7 @@ CSS = """
 .dark .report { color: var(--neutral-300); }
 .report .line { font-size: 15px; color: var(--neutral-900); font-variant-numeric: tabular-nums; margin: 0 0 2px; }
 .dark .report .line { color: var(--neutral-50); }
+.report .likeness { margin-bottom: 14px; }
 .report .files { color: var(--neutral-600); font-size: 13px; overflow-wrap: anywhere; margin: 0; }
 .dark .report .files { color: var(--neutral-400); }
 .report details { margin-top: 12px; border-top: 1px solid var(--neutral-200); padding-top: 10px; }

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from app_jobs import RUNS
 from pipelines import timeline as drawn
 from pipelines.form import fields
 from pipelines.request import Request
@@ -74,6 +75,9 @@ def progress(job: Job, ahead: int = 0) -> str:
         share = min(1.0, (now.picture + now.step / now.steps) / max(1, job.request.images))
     if now is not None and job.request.images > 1:
         steps = f"picture {now.picture + 1} of {job.request.images}" + (f", {steps}" if steps else "")
+    if job.comparing and job.runs:
+        steps = f"run {job.runs} of {RUNS}" + (f", {steps}" if steps else "")
+        share = min(1.0, (job.runs - 1 + (now.step / now.steps if now and now.steps else 0)) / RUNS)
     clock = f"{job.seconds:.1f} s{_left(job)}" if job.started else ""
     busy = "" if share else " busy"
     return (
@@ -85,7 +89,14 @@ def progress(job: Job, ahead: int = 0) -> str:
 
 def _left(job: Job) -> str:
     now, pace = job.progress, job.pace
-    if now is None or pace is None or now.phase != "denoise" or now.step - pace[0] < 2 or job.cancel.is_set():
+    if (
+        job.comparing
+        or now is None
+        or pace is None
+        or now.phase != "denoise"
+        or now.step - pace[0] < 2
+        or job.cancel.is_set()
+    ):
         return ""
     each = (time.monotonic() - pace[1]) / (now.step - pace[0])
     steps = now.steps - now.step + now.steps * (job.request.images - now.picture - 1)
@@ -117,11 +128,38 @@ def report(job: Job) -> str:
     files = ", ".join(path.name for path in job.paths)
     pictures = f"first of {request.images} pictures" if request.images > 1 else "this picture"
     return (
-        f'<div class="report"><p class="line">{safe(" · ".join(parts))}</p>'
+        f'<div class="report">{_likeness(job)}<p class="line">{safe(" · ".join(parts))}</p>'
         f'<p class="files">{safe(files)} · {size}, lossless PNG with these settings inside · saved in {safe(job.folder)}</p>'
         f"<details><summary>Run report</summary>{_phases(timings)}"
         f"<h3>Where the work went, step by step ({pictures})</h3>{timeline(run)}"
         f"{_compared(found, request)}{_steps(run)}{_rest(found)}</details>{_copies(request)}</div>"
+    )
+
+
+def _likeness(job: Job) -> str:
+    """Return what a comparison with the exact picture has shown; nothing where there was none."""
+    found = job.measured
+    if found is None:
+        return ""
+    values = found.to_dict()
+    times = values["median"]
+    psnr = "infinite" if values["psnr_db"] is None else f"{values['psnr_db']:.1f} dB"
+    rows = [
+        ("speed-up of denoising", f"{found.speedup('denoise'):.2f}x"),
+        ("speed-up end to end", f"{found.speedup():.2f}x"),
+        ("exact, end to end", f"{times['exact']['end_to_end']:.2f} s"),
+        ("accelerated, end to end", f"{times['accelerated']['end_to_end']:.2f} s"),
+        ("PSNR to the exact picture", psnr),
+        ("SSIM", f"{found.ssim:.3f}"),
+    ]
+    told = "".join(f"<tr><th scope='row'>{name}</th><td>{value}</td></tr>" for name, value in rows)
+    rounds = (
+        f"Left exact, right accelerated. Times: median of {found.rounds} runs of each kind, taken in turns."
+    )
+    verdict = found.verdict[:1].upper() + found.verdict[1:]
+    return (
+        f'<div class="likeness"><h3>Against the exact picture</h3><p><b>{safe(verdict)}.</b></p>'
+        f"<div class='scroll'><table>{told}</table></div><p class='note'>{rounds}</p></div>"
     )
 
 

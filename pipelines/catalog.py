@@ -30,7 +30,9 @@ OWN = {
     "TextToImagePipeline": "pipelines.text_to_image",
     "ClassToImagePipeline": "pipelines.class_to_image",
     "MMDiT": "dit.backbones.mmdit",
+    "EMMDiT": "dit.backbones.emmdit",
     "DiT": "dit.backbones.dit",
+    "PTDiT": "dit.backbones.ptdit",
     "ResampleCodec": "dit.codec",
 }
 """Our classes and the modules they live in: the only names outside diffusers and transformers that a model may use."""

@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from pipelines.denoising import Callback, GuidedPipeline, Inputs, check_choice, make_loadable
 from pipelines.request import GUIDANCE_MODES, RequestError
 
-make_loadable("dit.backbones.dit", "dit.codec")
+make_loadable("dit.backbones.dit", "dit.backbones.dig", "dit.codec")
 
 
 class ClassToImagePipeline(GuidedPipeline):

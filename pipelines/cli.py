@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pipelines import _measuring
 from pipelines.form import add_options, fields, read
 from pipelines.request import Request, RequestError
 
@@ -68,16 +69,19 @@ def build_parser() -> argparse.ArgumentParser:
     one = _command(
         commands,
         "compare",
-        _compare,
+        _measuring.compare,
         "measure what an accelerator costs and gains, or how far two files differ",
     )
     _request_options(one)
-    one.add_argument(
-        "other", nargs="?", metavar="FILE", help="with a file in place of the prompt: the second file"
+    _measuring.add_compare(one)
+    one = _command(
+        commands,
+        "tune",
+        _measuring.tune,
+        "search the accelerators that are fastest at a wished likeness, and write a profile",
     )
-    one.add_argument(
-        "--rounds", default="3", metavar="N", help="timed runs of each kind, taken in turns (default: 3)"
-    )
+    _measuring.add_tune(one)
+    _setting_options(one, _measuring.NOT_TUNED)
     _command(commands, "models", _models, "list the shipped models")
     _command(commands, "doctor", _doctor, "check this computer")
     one = _command(commands, "repro", _repro, "remake a picture from its file and compare")
@@ -96,8 +100,7 @@ def _request_options(one: argparse.ArgumentParser) -> None:
         metavar="PROMPT",
         help="what to draw; - reads a whole request as JSON from standard input",
     )
-    add_options(one, [field for field in fields(Request) if field.name not in _OWN_OPTIONS], _FLAGS)
-    one.add_argument("--size", metavar="N|WxH", help="width and height at once")
+    _setting_options(one)
     one.add_argument(
         "--accelerate",
         action="append",
@@ -106,25 +109,32 @@ def _request_options(one: argparse.ArgumentParser) -> None:
     )
 
 
+def _setting_options(one: argparse.ArgumentParser, left_out: Sequence[str] = ()) -> None:
+    names = (*_OWN_OPTIONS, *left_out)
+    add_options(one, [field for field in fields(Request) if field.name not in names], _FLAGS)
+    one.add_argument("--size", metavar="N|WxH", help="width and height at once")
+
+
 def _generate(options: argparse.Namespace) -> int:
-    request = _request(options)
+    request = request_of(options)
     if options.dry_run:
         return _dry_run(options, request)
     from pipelines.generate import generate
 
     target = _target(options)
-    with _progress(options) as on_step:
+    with progress(options) as on_step:
         result = generate(request, on_step=on_step)
     paths = result.save(target, overwrite=options.overwrite)
     for warning in result.report["warnings"]:
-        _tell(f"warning: {warning}")
+        tell(f"warning: {warning}")
     if not options.json:
-        _tell(f"{sum(result.report['timings'].values()):.1f} s - {result.report['summary']}")
-    _say(options, "\n".join(map(str, paths)), {"files": [str(one) for one in paths], "report": result.report})
+        tell(f"{sum(result.report['timings'].values()):.1f} s - {result.report['summary']}")
+    say(options, "\n".join(map(str, paths)), {"files": [str(one) for one in paths], "report": result.report})
     return DONE if result.ok else SOME_FAILED
 
 
-def _request(options: argparse.Namespace) -> Request:
+def request_of(options: argparse.Namespace) -> Request:
+    """Return the request of the options, or the one on standard input. Raises: RequestError."""
     values: dict[str, Any] = {}
     if options.prompt == "-":
         text = sys.stdin.read(INPUT_LIMIT + 1)
@@ -136,6 +146,15 @@ def _request(options: argparse.Namespace) -> Request:
             raise RequestError("standard input", text[:40], "a request as a JSON object of at most 1 MB")
     elif options.prompt is not None:
         values["prompt"] = options.prompt
+    values |= settings_of(options)
+    if options.accelerate:
+        values["accelerators"] = options.accelerate
+    return Request.from_dict(values)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a request that were given as options. Raises: RequestError."""
+    values: dict[str, Any] = {}
     if options.size is not None:
         sides = options.size.lower().split("x")
         if not 1 <= len(sides) <= 2 or not all(sides):
@@ -145,9 +164,7 @@ def _request(options: argparse.Namespace) -> Request:
         text = getattr(options, field.name, None)
         if field.name not in _OWN_OPTIONS and text is not None:
             values[field.name] = read(Request, field.name, text)
-    if options.accelerate:
-        values["accelerators"] = options.accelerate
-    return Request.from_dict(values)
+    return values
 
 
 def _dry_run(options: argparse.Namespace, request: Request) -> int:
@@ -165,7 +182,7 @@ def _dry_run(options: argparse.Namespace, request: Request) -> int:
             "guidance": card.guidance if request.guidance is None else request.guidance,
         }
     text = "\n".join(f"{key}: {value}" for key, value in (request.to_dict() | known).items())
-    _say(
+    say(
         options,
         f"{text}\nnothing was made (--dry-run)",
         {"request": request.to_dict(), "model": known, "dry_run": True},
@@ -188,7 +205,7 @@ def _inspect(options: argparse.Namespace) -> int:
     found = inspect(Path(options.path).expanduser())
     if options.timeline:
         found["timeline"] = _draw(found, Path(options.timeline).expanduser())
-    _say(options, _lines(found), found)
+    say(options, _lines(found), found)
     return DONE
 
 
@@ -208,22 +225,6 @@ def _draw(found: dict[str, Any], path: Path) -> str:
     return str(path)
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from pipelines.measure import ROUNDS, compare, files
-
-    if options.other is not None:
-        found = files(options.prompt, options.other)
-        _say(options, str(found), found.to_dict())
-        return DONE
-    if not options.rounds.isdecimal() or not 1 <= int(options.rounds) <= ROUNDS:
-        raise RequestError("rounds", options.rounds, f"a whole number from 1 to {ROUNDS}")
-    request = _request(options)
-    with _progress(options) as on_step:
-        measured = compare(request, request.accelerators, rounds=int(options.rounds), on_step=on_step)
-    _say(options, str(measured), measured.to_dict())
-    return SOME_FAILED if measured.failures else DONE
-
-
 def _models(options: argparse.Namespace) -> int:
     from pipelines import catalog
 
@@ -235,7 +236,7 @@ def _models(options: argparse.Namespace) -> int:
     rows.append(
         "also: any folder saved by a diffusers pipeline, or a hub id such as org/name (safetensors only)"
     )
-    _say(options, "\n".join(rows), {"models": {name: _card(card) for name, card in cards.items()}})
+    say(options, "\n".join(rows), {"models": {name: _card(card) for name, card in cards.items()}})
     return DONE
 
 
@@ -243,16 +244,16 @@ def _doctor(options: argparse.Namespace) -> int:
     from pipelines.inspection import examine
 
     found = examine(Path.cwd())
-    _say(options, _lines(found), found)
+    say(options, _lines(found), found)
     return ENVIRONMENT if found["problems"] else DONE
 
 
 def _repro(options: argparse.Namespace) -> int:
     from pipelines.repro import repro
 
-    with _progress(options) as on_step:
+    with progress(options) as on_step:
         verdict = repro(options.path, model=options.model, image=options.image, on_step=on_step)
-    _say(options, str(verdict), verdict.to_dict())
+    say(options, str(verdict), verdict.to_dict())
     return DONE if verdict.same else NOT_REPRODUCIBLE
 
 
@@ -303,7 +304,7 @@ def _stopper(stopped: list[int]) -> Callable[[int, Any], None]:
 
 
 @contextmanager
-def _progress(options: argparse.Namespace) -> Iterator[Callable[[Progress], bool]]:
+def progress(options: argparse.Namespace) -> Iterator[Callable[[Progress], bool]]:
     """Yield an `on_step` that draws one line on a terminal and answers False once a signal came."""
     live = sys.stderr.isatty() and not options.quiet
 
@@ -335,18 +336,20 @@ def _command(
     return made
 
 
-def _say(options: argparse.Namespace, text: str, data: dict[str, Any]) -> None:
+def say(options: argparse.Namespace, text: str, data: dict[str, Any]) -> None:
+    """Print a result: the text, or with --json the data."""
     print(json.dumps(data, default=str) if options.json else text)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Print a remark on standard error."""
     print(text, file=sys.stderr)
 
 
 def _fail(options: argparse.Namespace, code: int, sentence: str, field: str | None = None) -> int:
     if options.json:
         print(json.dumps({"error": {"code": code, "field": field, "message": sentence}}))
-    _tell(f"leapfrog: {sentence}")
+    tell(f"leapfrog: {sentence}")
     return code
 
 

@@ -6,6 +6,9 @@ arXiv:2010.02502; DDPM, Ho et al. 2020, arXiv:2006.11239; flow matching, Lipman 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from pipelines.request import RequestError
@@ -26,6 +29,19 @@ EPSILON = {
 }
 
 
+_WATCH: ContextVar[Callable[[Any], None] | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched(watch: Callable[[Any], None]) -> Iterator[None]:
+    """Show every scheduler made inside, by this thread, to `watch` before it is used."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler serves flow-matching models."""
     config = scheduler.config
@@ -35,6 +51,14 @@ def is_flow(scheduler: Any) -> bool:
 
 def scheduler_for(name: str, current: Any) -> Any:
     """Return a fresh scheduler of the kind `name` with the settings of the model's own. Raises: RequestError."""
+    made = _made(name, current)
+    watch = _WATCH.get()
+    if watch is not None:
+        watch(made)
+    return made
+
+
+def _made(name: str, current: Any) -> Any:
     import diffusers
 
     if name == "default":

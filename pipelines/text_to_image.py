@@ -1,4 +1,4 @@
-"""Pictures from prompts with an MMDiT: a diffusers pipeline with a seed for each picture.
+"""Pictures from prompts with an MMDiT or E-MMDiT: a diffusers pipeline with a seed for each picture.
 
 Paper: Scaling Rectified Flow Transformers, Esser et al. 2024, arXiv:2403.03206; SDEdit (image to image by strength), Meng et
 al. 2021, arXiv:2108.01073.
@@ -15,14 +15,14 @@ from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from dit import text as prompts
-from dit.backbones.mmdit import MMDiT
 from pipelines.denoising import Callback, GuidedPipeline, Inputs, check_choice, make_loadable
 from pipelines.request import GUIDANCE_MODES, RequestError
 from pipelines.safe import check_weights
 
 MINILM = "all-MiniLM-L6-v2"
+TEXT_PADDINGS = ("masked", "heard")
 
-make_loadable("dit.backbones.mmdit", "dit.codec")
+make_loadable("dit.backbones.mmdit", "dit.backbones.ptdit", "dit.backbones.emmdit", "dit.codec")
 
 
 # Sana's mixin is diffusers' plainest set of LoRA methods for a pipeline with a transformer alone.
@@ -33,32 +33,38 @@ class TextToImagePipeline(GuidedPipeline, SanaLoraLoaderMixin):
         transformer, scheduler: the network and a flow-matching scheduler.
         text_encoder, tokenizer: the prompt encoder, saved with the pipeline; or
         text_model: "all-MiniLM-L6-v2", found where it is installed (`dit.text.find_minilm`) and never saved along.
-        codec: between pictures and latents; None for a network that works on pixels.
+        codec, vae: between pictures and latents, one of ours or one of diffusers' autoencoders; neither for pixels.
         text_length: most tokens of a prompt; what is longer is cut, and `prompt_lengths` tells it.
+        text_padding: "masked" pads prompts to the longest and masks the padding; "heard" pads all to `text_length` with the end
+            mark and masks nothing, as networks behind a language model (any decoder-only one) were trained.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->codec"
-    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "codec"]
+    model_cpu_offload_seq = "text_encoder->transformer->codec->vae"
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "codec", "vae"]
 
     def __init__(
         self,
-        transformer: MMDiT,
+        transformer: Any,
         scheduler: Any,
         text_encoder: Any = None,
         tokenizer: Any = None,
         codec: Any = None,
+        vae: Any = None,
         text_model: str | None = None,
         text_length: int = 64,
+        text_padding: str = "masked",
     ) -> None:
         super().__init__()
+        check_choice("text_padding", text_padding, TEXT_PADDINGS)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             codec=codec,
+            vae=vae,
         )
-        self.register_to_config(text_model=text_model, text_length=text_length)
+        self.register_to_config(text_model=text_model, text_length=text_length, text_padding=text_padding)
         self.prompt_lengths: tuple[int, ...] = ()
         if text_encoder is None and text_model is not None:
             if text_model != MINILM:
@@ -73,15 +79,21 @@ class TextToImagePipeline(GuidedPipeline, SanaLoraLoaderMixin):
             raise ValueError(
                 "this pipeline has no text encoder; load it with text_encoder and tokenizer, or text_model"
             )
-        found = prompts.encode(self.tokenizer, self.text_encoder, texts, limit=self.config.text_length)
+        length = self.config.text_length
+        if self.config.text_padding == "heard":
+            found = prompts.encode_padded(self.tokenizer, self.text_encoder, texts, length=length)
+        else:
+            found = prompts.encode(self.tokenizer, self.text_encoder, texts, limit=length)
         self.prompt_lengths = found.counts
         return found
 
     def _branches(self, texts: list[str], negatives: list[str]) -> dict[str, Inputs]:
         count = len(texts)
         found = self.encode_prompt([*negatives, *texts] if self.do_classifier_free_guidance else texts)
-        inputs = {"encoder_hidden_states": found.tokens, "encoder_attention_mask": found.mask}
-        if self.transformer.config.pooled_dim:
+        inputs = {"encoder_hidden_states": found.tokens}
+        if self.config.text_padding == "masked":
+            inputs["encoder_attention_mask"] = found.mask
+        if self.transformer.config.get("pooled_dim"):
             inputs["pooled_projections"] = found.pooled
         inputs = {name: value.to(self._execution_device) for name, value in inputs.items()}
         if not self.do_classifier_free_guidance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import app_serve as serve
 import app_views as views
 from app_jobs import WAITING, Job, Jobs, QueueFull
 from pipelines.catalog import Card
-from pipelines.cli import _request, build_parser
+from pipelines.cli import build_parser, request_of
 from pipelines.generate import Cancelled, Progress
 from pipelines.request import Request, RequestError
 
@@ -449,7 +450,7 @@ def test_copied_command_and_python_give_the_same_request(request_: Request) -> N
 
     words = shlex.split(views.command_of(request_))
     assert words[:2] == ["leapfrog", "generate"]
-    assert _request(build_parser().parse_args(words[1:])) == request_
+    assert request_of(build_parser().parse_args(words[1:])) == request_
     seen: list[Request] = []
     code = views.python_of(request_).replace("from pipelines.generate import generate\n", "")
     exec(code, {"generate": lambda one: seen.append(one) or SimpleNamespace(save=lambda: None)})
@@ -647,3 +648,87 @@ def test_another_model_brings_its_own_fields(jobs: Jobs, page_of: Any) -> None:
     job = jobs.get(page._submit("", *(given[name] for name in page.inputs))[page.parts["job"]])
     assert job is not None
     assert job.request.class_label == 3
+
+
+# Comparing, and profiles
+
+
+@dataclasses.dataclass
+class FakeMeasured:
+    results: dict[str, Any]
+    rounds: int = 2
+    ssim: float = 0.987
+    verdict: str = "2.00 times faster; a small <difference>"
+
+    def speedup(self, of: str = "end_to_end") -> float:
+        return {"denoise": 2.1, "end_to_end": 2.0}[of]
+
+    def to_dict(self) -> dict[str, Any]:
+        times = {"exact": {"end_to_end": 1.5}, "accelerated": {"end_to_end": 0.75}}
+        return {"median": times, "psnr_db": 36.64}
+
+
+def test_a_comparison_shows_both_pictures_and_what_was_measured(
+    tmp_path: Path, fake: Fake, page_of: Any
+) -> None:
+    asked: list[Any] = []
+
+    def compare(request: Request, methods: Any, rounds: int, *, on_step: Any) -> FakeMeasured:
+        asked.append((request.images, request.accelerators, methods, rounds))
+        on_step(Progress(0, 0, "load", 0.0))
+        results = {
+            kind: FakeResult(request.replace(seed=seed)) for kind, seed in (("exact", 1), ("accelerated", 2))
+        }
+        return FakeMeasured(results)
+
+    jobs = Jobs(tmp_path / "out", fake, compare=compare)
+    page, _ = page_of(jobs)
+    given = controls(page.methods, speed=form.ACCELERATED, images=3)
+    job = jobs.get(page._submit_comparison("", *(given[name] for name in page.inputs))[page.parts["job"]])
+    assert job is not None
+    until(lambda: job.over)
+    assert job.state == "done", job.error
+    assert asked == [(1, job.request.accelerators, job.request.accelerators, 2)]
+    assert [path.name for path in job.paths] == ["1.png", "2.png"]
+    assert job.runs == 1
+    shown = views.report(job)
+    assert "2.00 times faster; a small &lt;difference&gt;." in shown
+    assert "36.6 dB" in shown
+    assert "2.10x" in shown
+    updates = page._done(job)
+    gallery = updates[page.parts["gallery"]]
+    shown_files = gallery["value"] if isinstance(gallery, dict) else gallery.value
+    captions = [one["caption"] for one in shown_files]
+    assert [one.rpartition(": ")[2] for one in captions] == ["exact", "accelerated"]
+    assert "Against the exact picture" not in views.report(Job(job.request, tmp_path, report=job.report))
+    jobs.close()
+
+
+def test_a_profile_is_chosen_among_the_known(
+    methods: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.profile import FOLDER, Profile, Range
+
+    monkeypatch.chdir(tmp_path)
+    assert form.profile_choices("toy") == {
+        "choices": [("none: choose below", "")],
+        "value": "",
+        "visible": False,
+    }
+    expected = {
+        "speedup_denoise": 2.0, "speedup_end_to_end": 1.9, "psnr_db": 36.0, "psnr_worst_db": 31.0, "pictures": 12
+    }  # fmt: skip
+    FOLDER.mkdir()
+    Profile(
+        model="toy", budget="psnr>=35", range=Range(steps=20), expected=expected,
+        accelerators=({"name": "delta-cache", "mode": "whole"},),
+    ).save(FOLDER / "quick.json")  # fmt: skip
+    found = form.profile_choices("toy")
+    assert (found["choices"][1], found["visible"]) == (("quick (psnr>=35)", "quick"), True)
+    assert "36.0 dB (worst 31.0 dB)" in form.profile_note("toy", "quick")
+    chosen = form.request_of(controls(methods, speed=form.ACCELERATED, profile="quick"), methods)
+    assert (chosen.profile, chosen.accelerators) == ("quick", ())
+    assert form.request_of(controls(methods, profile="quick"), methods).profile is None, "exact stays exact"
+    for name in ("profiles/quick.json", str(tmp_path / "profiles" / "quick.json"), "other"):
+        with pytest.raises(RequestError, match="profile must be one of quick"):
+            form.request_of(controls(methods, speed=form.ACCELERATED, profile=name), methods)

@@ -227,6 +227,23 @@ def test_an_example_accelerated_and_its_settings_taken_up_again(tab: Any, served
     assert tab.get_by_label("number input for Compute all blocks every n-th step").input_value() == "3"
 
 
+def test_a_comparison_with_the_exact_picture(tab: Any, served: tuple[str, Path]) -> None:
+    assert not tab.locator("#compare").is_visible(), "there is nothing to compare while everything is exact"
+    tab.locator("#prompt textarea").fill("a dog compared")
+    tab.get_by_text("Accelerated", exact=True).click()
+    tab.locator("#compare").click()
+    tab.locator(".likeness").wait_for()
+    playwright.expect(tab.locator("#gallery img")).to_have_count(2)
+    told = tab.locator(".likeness").inner_text()
+    assert "PSNR to the exact picture" in told
+    assert "SSIM" in told
+    exact, accelerated = sorted(served[1].glob("a-dog-compared-*.png"), key=lambda one: len(one.name))
+    requests = [Request.from_file(one) for one in (exact, accelerated)]
+    assert [len(one.accelerators) for one in requests] == [0, 1]
+    assert requests[0].seed == requests[1].seed
+    assert tab.locator("#compare").is_enabled()
+
+
 def test_stopping_ends_the_run_and_saves_nothing(tab: Any, served: tuple[str, Path]) -> None:
     tab.locator("#prompt textarea").fill("never finished")
     number(tab, "Steps", 100)
