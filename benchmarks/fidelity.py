@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from dit.convert import LayoutError, UnknownSystemError, convert, find, read_safetensors
-from dit.convert.base import Case
+from dit.convert.base import Case, add_home
 
 HIT, MISS, UNTRIED = 0, 1, 2
+add_home("control.convert")  # released adapters; dit itself must not know of control
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """What a network is asked to learn: flow matching in diffusers' direction (time 1 is noise, velocity = noise - picture).
 
 Paper: Flow Matching, Lipman et al. 2022, arXiv:2210.02747; Scaling Rectified Flow Transformers, Esser et al. 2024,
-arXiv:2403.03206 (logit-normal times); Back to Basics, Li and He 2025, arXiv:2511.13720 (velocity loss on a predicted picture).
+arXiv:2403.03206 (logit-normal times); Back to Basics, Li and He 2025, arXiv:2511.13720 (velocity loss on a predicted picture);
+LiT, Wang et al. 2025, arXiv:2501.12976 (hybrid distillation).
 """
 
 from __future__ import annotations
@@ -34,8 +35,27 @@ class FlowMatching:
         level = times.reshape(-1, 1, 1, 1).to(pictures.dtype)
         noisy = (1 - level) * pictures + level * noise
         error = denoiser(noisy, times).float() - (noise - pictures).float()
-        weight = (times / times.clamp_min(self.floor)) ** 2
-        return error.square().mean(dim=(1, 2, 3)) * weight
+        return error.square().mean(dim=(1, 2, 3)) * self.weights(times)
+
+    def weights(self, times: Tensor) -> Tensor:
+        """Return the weight of each sample by its time [B]."""
+        return (times / times.clamp_min(self.floor)) ** 2
+
+
+def hybrid(
+    student: Tensor, teacher: Tensor, channels: int, *, noise: float = 0.5, variance: float = 0.05
+) -> Tensor:
+    """Return the hybrid distillation loss of LiT for each sample, [B], to be added to the loss on the data.
+
+    Args:
+        student, teacher: predictions [B, C, H, W], or [B, 2 C, H, W] where the second C are a learned variance.
+        channels: C. noise, variance: weights of the two halves; without a learned variance (flow matching) there is one half.
+    """
+    errors = (student.float() - teacher.float()).square()
+    loss = noise * errors[:, :channels].mean(dim=(1, 2, 3))
+    if student.shape[1] > channels:
+        loss = loss + variance * errors[:, channels:].mean(dim=(1, 2, 3))
+    return loss
 
 
 @torch.no_grad()

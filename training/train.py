@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 import tomllib
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -109,23 +111,30 @@ class Trainer:
         self.recipe, self.out, self.minutes = recipe, out, minutes
         self.accelerator = Accelerator()
         self.device = self.accelerator.device
-        run, optimizer = recipe["run"], recipe["optimizer"]
+        run = recipe["run"]
         torch.manual_seed(run["seed"])
-        size = {k: v for k, v in recipe["model"].items() if k != "backbone"}
-        kind = backbone_class(recipe["model"]["backbone"])
-        model = kind(**size) if start is None else kind.from_pretrained(start)
-        self.master = Master(
-            model.to(self.device), **{k: optimizer[k] for k in ("name", "rate", "matrix_rate", "decay", "ema")}
-        )
-        self.model = model.to(getattr(torch, run["precision"]))
+        self.objective, self.shift = FlowMatching(**recipe["objective"]), recipe["data"].get("shift", 0)
+        self.model = self.make(start).to(self.device)
+        self.master = self.optimized()
+        self.model = self.model.to(getattr(torch, run["precision"]))
         if run["compile"]:
             self.model.compile_repeated_blocks()
-        self.objective, self.shift = FlowMatching(**recipe["objective"]), recipe["data"].get("shift", 0)
         self.dice = torch.Generator().manual_seed(run["seed"] + self.accelerator.process_index)
         self.seen, self.spent = 0, 0.0
         self.log: list[dict[str, float]] = []
         out.mkdir(parents=True, exist_ok=True)
         self._resume()
+
+    def make(self, start: Path | None) -> Any:
+        """Return the network of the recipe, untrained or as it lies in the folder `start`."""
+        size = {k: v for k, v in self.recipe["model"].items() if k != "backbone"}
+        kind = backbone_class(self.recipe["model"]["backbone"])
+        return kind(**size) if start is None else kind.from_pretrained(start)
+
+    def optimized(self) -> Master:
+        """Return master weights and optimizers of what the model has to learn."""
+        settings = self.recipe["optimizer"]
+        return Master(self.model, **{k: settings[k] for k in ("name", "rate", "matrix_rate", "decay", "ema")})
 
     def load_data(self) -> None:
         """Read the pictures of the recipe and split them."""
@@ -148,10 +157,18 @@ class Trainer:
             return self.spent / 60 / self.minutes
         return float(self.seen / self.recipe["run"]["samples"])
 
+    def steps(self) -> int:
+        """Count of the run's steps so far."""
+        return self.master.steps
+
+    def phase(self) -> float:
+        """Share of the learning-rate schedule that is done."""
+        return self.progress()
+
     def factor(self) -> float:
         """Learning-rate factor: warm-up, constant, then one minus a square root down to zero."""
         settings = self.recipe["optimizer"]
-        tail = (self.progress() - 1 + settings["cooldown"]) / settings["cooldown"]
+        tail = (self.phase() - 1 + settings["cooldown"]) / settings["cooldown"]
         cooling = 1 - math.sqrt(min(max(tail, 0.0), 1.0))
         return float(min(1.0, (self.master.steps + 1) / settings["warmup"]) * max(cooling, 0.02))
 
@@ -161,11 +178,15 @@ class Trainer:
         latents, prompts = self.train.draw(run["batch"], self.recipe["data"]["drop"], self.dice, self.shift)
         noise = torch.randn(latents.shape, generator=self.dice).to(self.device)
         times = self.objective.times(len(latents), self.dice).to(self.device)
-        loss = self.objective.losses(self._denoiser(prompts), latents, noise, times).mean()
+        loss = self.loss(latents, prompts, noise, times)
         self.accelerator.backward(loss + sum(self.model.auxiliary_losses().values()))
         self.master.step(self.factor(), self.recipe["optimizer"]["clip"])
         self.seen += len(latents) * self.accelerator.num_processes
         return float(loss.detach())
+
+    def loss(self, latents: Tensor, prompts: dict[str, Tensor], noise: Tensor, times: Tensor) -> Tensor:
+        """Return the loss of a batch, without what the model's own parts add to it."""
+        return self.objective.losses(self._denoiser(prompts), latents, noise, times).mean()
 
     def run(self) -> None:
         """Train to the end of the schedule, saving on the way."""
@@ -179,8 +200,8 @@ class Trainer:
             smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
             bar.update(min(100.0, 100 * self.progress()) - bar.n)
             bar.set_postfix(loss=f"{smooth:.4f}", seen=self.seen, rate=f"{self.seen / max(self.spent, 1):.0f}/s")
-            if self.master.steps % run["check_every"] == 0:
-                row = {"step": self.master.steps, "seen": self.seen, "seconds": self.spent, "loss": smooth}
+            if self.steps() % run["check_every"] == 0:
+                row = {"step": self.steps(), "seen": self.seen, "seconds": self.spent, "loss": smooth}
                 self.log.append(row | self.check())
                 print(json.dumps(self.log[-1]), file=sys.stderr, flush=True)
             if time.monotonic() - saved > 60 * run["save_every"]:
@@ -205,28 +226,50 @@ class Trainer:
         """Write resume state, averaged model, loss curve and sample sheet, each under its final name only when whole."""
         if not self.accelerator.is_main_process:
             return
-        state = self.master.state() | {"dice": self.dice.get_state()}
-        _atomic(self.out / "state.safetensors", lambda path: save_file(state, path))
-        progress = {"seen": self.seen, "seconds": self.spent, "log": self.log}
-        _atomic(self.out / "progress.json", lambda path: path.write_text(json.dumps(progress)))
+        progress = json.dumps(self.counts())
+        # Weights and counts in one file: a kill between two files would leave counts that are not those of the weights.
+        _atomic(self.out / "state.safetensors", lambda path: save_file(self.state(), path, {"progress": progress}))
+        _atomic(self.out / "progress.json", lambda path: path.write_text(progress))
         with self._averaged():
             self._sheet().save(self.out / "sheet.png")
             sheets = self.out / "sheets"
             sheets.mkdir(exist_ok=True)
             self._sheet().save(sheets / f"{self.seen:08d}.png")
-            self.model.save_pretrained(self.out / "transformer", max_shard_size="15MB")
+            _atomic(self.out / "transformer", self.write_model)
 
-    def _resume(self) -> None:
-        if not (self.out / "state.safetensors").is_file():
-            return
-        tensors = load_file(self.out / "state.safetensors")
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that a run needs to go on, as named tensors."""
+        return self.master.state() | {"dice": self.dice.get_state()}
+
+    def counts(self) -> dict[str, Any]:
+        """Return how far the run is: samples seen, seconds spent, and its log."""
+        return {"seen": self.seen, "seconds": self.spent, "log": self.log}
+
+    def restore(self, tensors: dict[str, Tensor], counts: dict[str, Any]) -> None:
+        """Take up what `state` and `counts` returned."""
         self.dice.set_state(tensors.pop("dice"))
         self.master.load(tensors)
-        progress = json.loads((self.out / "progress.json").read_text())
-        self.seen, self.spent, self.log = progress["seen"], progress["seconds"], progress["log"]
+        self.seen, self.spent, self.log = counts["seen"], counts["seconds"], counts["log"]
+
+    def write_model(self, folder: Path) -> None:
+        """Write the model as a diffusers folder."""
+        self.model.save_pretrained(folder, max_shard_size="15MB")
+
+    def _resume(self) -> None:
+        file = self.out / "state.safetensors"
+        if not file.is_file():
+            return
+        with safe_open(file, "pt") as opened:
+            kept = (opened.metadata() or {}).get("progress")
+        # Runs of earlier versions kept the counts in the file beside.
+        counts = json.loads(kept if kept is not None else (self.out / "progress.json").read_text())
+        self.restore(load_file(file), counts)
         print(f"resumed after {self.seen} samples", file=sys.stderr)
 
     def _denoiser(self, prompts: dict[str, Tensor]) -> Any:
+        if not self.model.config.get("pooled_dim"):  # a network without a pooled path, such as PT-DiT
+            prompts = {name: value for name, value in prompts.items() if name != "pooled_projections"}
+
         def denoise(noisy: Tensor, times: Tensor) -> Tensor:
             return self.model(noisy, times * 1000, **prompts, return_dict=False)[0]
 
@@ -277,14 +320,20 @@ def _mosaic(pictures: Tensor, columns: int, enlarge: int = 4) -> Image.Image:
 
 
 def _atomic(path: Path, write: Any) -> None:
-    draft = path.with_name(path.name + ".new")
+    """Let `write` make a file or folder beside its place, then put it there."""
+    draft, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    for rest in (draft, old):
+        shutil.rmtree(rest, ignore_errors=True)
     write(draft)
+    if path.is_dir():  # a folder cannot be replaced in one move; what a kill in between leaves is whole, only named .old
+        os.replace(path, old)
     os.replace(draft, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(about: str | None) -> tuple[dict[str, Any], argparse.Namespace]:
+    """Read the command line of a trainer: the recipe with its changes, and the rest."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an earlier run in it goes on")
     parser.add_argument("--minutes", type=float, help="end by the clock, with the whole schedule in that time")
@@ -296,6 +345,12 @@ def main() -> None:
         key, _, value = change.partition("=")
         section, _, name = key.partition(".")
         recipe[section][name] = json.loads(value)
+    return recipe, given
+
+
+def main() -> None:
+    """Read the command line and train."""
+    recipe, given = asked(__doc__)
     Trainer(recipe, given.out, given.minutes, given.start).run()
 
 

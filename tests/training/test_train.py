@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dit.backbones.mmdit import MMDiT
 from training import train
@@ -136,7 +137,7 @@ def test_a_broken_save_leaves_the_earlier_one(
     trainer.save()
     before = (tmp_path / "state.safetensors").read_bytes()
 
-    def torn(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def torn(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
@@ -146,6 +147,40 @@ def test_a_broken_save_leaves_the_earlier_one(
         trainer.save()
     assert (tmp_path / "state.safetensors").read_bytes() == before
     assert begun(recipe, tmp_path).master.steps == 1
+
+
+def test_a_kill_between_two_files_leaves_counts_that_are_those_of_the_weights(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = begun(recipe, tmp_path)
+    trainer.step()
+    trainer.save()
+    trainer.step()
+    plain, moved = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(Path(target).name)
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save()
+    monkeypatch.undo()
+    assert moved == ["state.safetensors"]
+    assert json.loads((tmp_path / "progress.json").read_text())["seen"] == 8, "the one for people is behind"
+    again = Trainer(copy.deepcopy(recipe), tmp_path, None, None)
+    assert (again.seen, again.master.steps) == (16, 2)
+
+
+def test_a_run_of_an_earlier_version_goes_on(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """It kept its counts in progress.json alone."""
+    trainer = begun(recipe, tmp_path)
+    trainer.step()
+    trainer.save()
+    save_file(load_file(tmp_path / "state.safetensors"), tmp_path / "state.safetensors")
+    assert Trainer(copy.deepcopy(recipe), tmp_path, None, None).seen == 8
 
 
 def test_the_recipe_decides_everything(recipe: dict[str, Any], tmp_path: Path) -> None:
