@@ -56,8 +56,12 @@ class JointProcessor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
         heads: Tensor | None = None,
+        attention: Callable[..., Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`heads` are the places of the heads to compute [K'], or gates [B, K] to multiply all of them by."""
+        """`heads` are the places of the heads to compute [K'], or gates [B, K] to multiply all of them by.
+
+        `attention` is called in the place of `attend` by mixers that cut the sequence.
+        """
         keep = heads if heads is not None and heads.dim() == 1 else None
         q, k, v = attn.project(hidden_states, keep)
         text = 0
@@ -70,7 +74,7 @@ class JointProcessor:
             k = rotate(k, image_rotary_emb)
             skipped = k.shape[1] - q.shape[1]
             q = rotate(q, (image_rotary_emb[0][..., skipped:, :], image_rotary_emb[1][..., skipped:, :]))
-        attended = attend(q, k, v, attention_mask, processor=self)  # [B, L + N, K or K', head size]
+        attended = (attention or attend)(q, k, v, attention_mask, processor=self)  # [B, L + N, K or K', head size]
         if heads is not None and keep is None:
             attended = attended * heads[:, None, :, None].to(attended.dtype)
         out = attended.flatten(2).to(hidden_states.dtype)

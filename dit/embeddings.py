@@ -54,7 +54,7 @@ def rotary(axes: tuple[int, int, int], grid: Grid, text: int, theta: float, devi
 
 
 def rotate(x: Tensor, table: Rotary) -> Tensor:
-    """Turn neighbouring pairs of channels of x [B, N, K, head size] by the angles of `table` [N, head size] or [B, N, head size]."""
+    """Turn neighbouring pairs of channels of x [B, N, K, head size] by the angles of `table` [N, head size] (or one a sample)."""
     cos, sin = (part.unsqueeze(-2) for part in table)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-odd, even], dim=-1).flatten(-2)

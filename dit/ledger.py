@@ -102,17 +102,21 @@ class Ledger:
         )
 
 
-def macs_of(module: nn.Module, rows: int, text: int = 0) -> int:
+def macs_of(module: nn.Module, rows: int, text: int = 0, grid: Grid | None = None) -> int:
     """Return the analytic MACs of a module that sees `rows` tokens (and `text` text tokens).
 
-    A module that costs other than its linear maps and convolutions, once a row each, has a method `macs(rows, text)`.
+    A module that costs other than its linear maps and convolutions, once a row each, has a method `macs(rows, text)`; one
+    whose cost hangs on the shape of the `grid` has `macs_on(grid, text)` too.
     """
+    shaped = getattr(module, "macs_on", None)
+    if grid is not None and callable(shaped):
+        return int(shaped(grid, text))
     own = getattr(module, "macs", None)
     if callable(own):
         return int(own(rows, text))
     if isinstance(module, _MAPS):
         return module.weight.numel() * rows
-    return sum(macs_of(child, rows, text) for child in module.children())
+    return sum(macs_of(child, rows, text, grid) for child in module.children())
 
 
 def parameters_of(module: nn.Module) -> int:
@@ -129,13 +133,15 @@ def activated_of(module: nn.Module) -> int:
     return direct + sum(activated_of(child) for child in module.children())
 
 
-def part(model: nn.Module, path: str, kind: Kind, rows: int, text: int = 0) -> Part:
-    """Return the analytic cost of the submodule at `path` for `rows` tokens and `text` text tokens."""
+def part(
+    model: nn.Module, path: str, kind: Kind, rows: int, text: int = 0, grid: Grid | None = None
+) -> Part:
+    """Return the analytic cost of the submodule at `path` for `rows` tokens and `text` text tokens; see `macs_of`."""
     module = model.get_submodule(path)
     return Part(
         path=path,
         kind=kind,
-        macs=macs_of(module, rows, text),
+        macs=macs_of(module, rows, text, grid),
         parameters=parameters_of(module),
         activated=activated_of(module),
     )
@@ -180,7 +186,8 @@ def counted(model: nn.Module, inputs: Mapping[str, Any], *, tokens: int | None =
             macs=(_inside(module, path, own) - sum(_inside(*child, own) for child in _children(module, path)))
             // 2,
             parameters=sum(one.numel() for one in module.parameters(recurse=False)),
-            activated=sum(one.numel() for one in module.parameters(recurse=False)),
+            # What a routed module leaves out is taken off at its own place, so that the sum is the network's.
+            activated=activated_of(module) - sum(activated_of(one) for one in module.children()),
         )
         for path, module in model.named_modules()
     )

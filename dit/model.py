@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.routing import RouteDecision
+from dit.segments import Segments
 from dit.spec import Spec, parse
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -40,6 +41,7 @@ class Context:
         length: how many text tokens stand before the picture's in the sequence at hand.
         residual: the stream before the norm of the perceptron [B, N, D], for experts that look at it.
         route: what the block's router decided for this call.
+        segments: which text tokens belong to which of the others, where a clip has several scenes.
     """
 
     grid: Grid | None
@@ -52,6 +54,7 @@ class Context:
     length: int = 0
     residual: Tensor | None = None
     route: RouteDecision | None = None
+    segments: Segments | None = None
     attention_kwargs: dict[str, Any] = field(default_factory=dict)
 
 

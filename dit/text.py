@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,9 +98,38 @@ def encode(tokenizer: Any, encoder: Any, prompts: Sequence[str], *, limit: int =
     mask = batch["attention_mask"].bool()
     states = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     states = states.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return Prompt(states, mask, _pooled(states, mask), tuple(map(len, full)))
+
+
+@torch.no_grad()
+def encode_padded(tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int = 128) -> Prompt:
+    """Encode prompts with a decoder-only language model: its last hidden states, every prompt padded or cut to `length` tokens.
+
+    A tokenizer without a padding mark pads with the end mark. States of padding stay as the model made them: networks
+    trained behind such a model hear all `length` states, and the empty prompt is `length` states too. Works for the bare model
+    and for the one with a language head, whose logits are not computed.
+    """
+    full = tokenizer(list(prompts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+    batch = tokenizer(list(prompts), add_special_tokens=True, truncation=True, max_length=length)["input_ids"]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad is None:
+        raise ValueError("this tokenizer has neither a padding mark nor an end mark to pad with")
+    device = encoder.device
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in batch], device=device)
+    # an empty prompt of a tokenizer without a start mark still is one token: a row that hears nobody would be no number
+    real = [max(len(row), 1) for row in batch]
+    mask = torch.tensor([[1] * count + [0] * (length - count) for count in real], device=device)
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(encoder.forward).parameters else {}
+    states = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, **few).hidden_states[-1]
+    return Prompt(states, mask.bool(), _pooled(states, mask.bool()), tuple(map(len, full)))
+
+
+def _pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the states of real tokens, [B, L, D] -> [B, D], at unit variance."""
+    states = states.masked_fill(~mask.unsqueeze(-1), 0.0)
     pooled = states.float().sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1)
     pooled = torch.nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
-    return Prompt(states, mask, pooled.to(states.dtype), tuple(map(len, full)))
+    return pooled.to(states.dtype)
 
 
 _CHECKED: dict[tuple[str, int, int], str] = {}

@@ -112,9 +112,10 @@ class DiT(Backbone):
         self.label_embed = LabelEmbedding(num_classes, width, null=null_class)
         self.modulation_shared = slots[2].shared(width)
         self.transformer_blocks = nn.ModuleList(
-            DiTBlock(
-                width,
-                heads,
+            self._block(
+                i,
+                width=width,
+                heads=heads,
                 hidden=int(width * mlp_ratio),
                 mixer=slots[0].at(i),
                 experts=slots[1],
@@ -160,8 +161,7 @@ class DiT(Backbone):
         context = Context(
             grid, temb, time=time, timestep=timestep, attention_kwargs=joint_attention_kwargs or {}
         )
-        for block in self.transformer_blocks:
-            x = self._run(block, hidden_states=x, temb=temb, context=context)  # [B, N, D]
+        x = self._through(x, temb, context)  # [B, N, D]
         shift, scale = self.modulation_out(temb)
         output = self.proj_out(modulate(self.norm_out(x), shift, scale), grid)  # [B, C or 2 C, H, W]
         output = output.to(hidden_states.dtype)
@@ -180,12 +180,21 @@ class DiT(Backbone):
             yield part(self, "modulation_shared", "modulation", 1)
         for i in range(len(self.transformer_blocks)):
             yield part(self, f"transformer_blocks.{i}.modulation", "modulation", 1)
-            yield part(self, f"transformer_blocks.{i}.attn", "attention", grid.tokens)
+            yield part(self, f"transformer_blocks.{i}.attn", "attention", grid.tokens, grid=grid)
             yield part(self, f"transformer_blocks.{i}.ff", "mlp", grid.tokens)
             if self.transformer_blocks[i].router is not None:
                 yield part(self, f"transformer_blocks.{i}.router", "mlp", grid.tokens)
         yield part(self, "modulation_out", "modulation", 1)
         yield part(self, "proj_out", "embed", grid.tokens)
+
+    def _block(self, index: int, **settings: Any) -> DiTBlock:
+        """Make the block of this index: what a network of other blocks overrides."""
+        return DiTBlock(**settings)
+
+    def _through(self, x: Tensor, temb: Tensor, context: Context) -> Tensor:
+        for block in self.transformer_blocks:
+            x = self._run(block, hidden_states=x, temb=temb, context=context)
+        return x
 
     def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """[B] or [B, N] -> the embedding of the time alone, [B, D] or [B, N, D]."""

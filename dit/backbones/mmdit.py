@@ -25,6 +25,7 @@ from dit.ledger import Part, part
 from dit.mixers.full import Mixer
 from dit.model import Backbone, Context, register_block, register_specs
 from dit.modulation import Modulation, modulate
+from dit.prediction import velocity_from_picture
 from dit.spec import parse
 
 Streams = tuple[Tensor, Tensor]
@@ -269,7 +270,7 @@ class MMDiT(Backbone):
             time=time,
             timestep=timestep,
             rotary=self._rotary(grid, text.shape[1], device),
-            mask=_joint_mask(encoder_attention_mask, grid.tokens),
+            mask=joint_mask(encoder_attention_mask, grid.tokens),
             attention_kwargs=joint_attention_kwargs or {},
         )
         for blocks, added in (
@@ -284,7 +285,9 @@ class MMDiT(Backbone):
                     image = image + added[i * len(added) // len(blocks)]
         shift, scale = self.modulation_out(temb)
         output = self.proj_out(modulate(self.norm_out(image), shift, scale), grid)
-        output = self._velocity(output, hidden_states, timestep)
+        output = output.to(hidden_states.dtype)
+        if self.config.prediction_type == "sample":
+            output = velocity_from_picture(output, hidden_states, timestep, self.config.patch_size)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def costs(self, grid: Grid, text: int = 0) -> Iterator[Part]:
@@ -298,14 +301,14 @@ class MMDiT(Backbone):
             path = f"transformer_blocks.{i}"
             yield part(self, f"{path}.modulation", "modulation", 1)
             yield part(self, f"{path}.modulation_context", "modulation", 1)
-            yield part(self, f"{path}.attn", "attention", grid.tokens, text)
+            yield part(self, f"{path}.attn", "attention", grid.tokens, text, grid)
             yield part(self, f"{path}.ff", "mlp", grid.tokens)
             if not dual.pre_only:
                 yield part(self, f"{path}.ff_context", "mlp", text)
             if dual.router is not None:
                 yield part(self, f"{path}.router", "mlp", grid.tokens, text)
         for i in range(len(self.single_transformer_blocks)):
-            yield from _single_costs(self, f"single_transformer_blocks.{i}", grid.tokens + text)
+            yield from _single_costs(self, f"single_transformer_blocks.{i}", grid.tokens + text, text, grid)
         yield part(self, "modulation_out", "modulation", 1)
         yield part(self, "proj_out", "embed", grid.tokens)
 
@@ -335,25 +338,14 @@ class MMDiT(Backbone):
             return None
         return rotary(self.axes, grid, text, self.config.rope_theta, device)
 
-    def _velocity(self, output: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
-        if self.config.prediction_type == "velocity":
-            return output.to(noisy.dtype)
-        noise_level = timestep.to(noisy.dtype) / 1000
-        if noise_level.dim() == 2:
-            grid = Grid.of(noisy, self.x_embedder.patch)
-            noise_level = noise_level.reshape(-1, 1, grid.height, grid.width)
-            noise_level = noise_level.repeat_interleave(self.config.patch_size, 2).repeat_interleave(
-                self.config.patch_size, 3
-            )
-        else:
-            noise_level = noise_level.reshape(-1, 1, 1, 1)
-        return (noisy - output.to(noisy.dtype)) / noise_level.clamp_min(SMALLEST_NOISE)
 
+def _single_costs(model: MMDiT, path: str, rows: int, text: int, grid: Grid) -> Iterator[Part]:
+    """The costs of a single-stream block; its map out is shared by attention and perceptron, and so is its cost.
 
-def _single_costs(model: MMDiT, path: str, rows: int) -> Iterator[Part]:
-    """The costs of a single-stream block; its map out is shared by attention and perceptron, and so is its cost."""
+    `text` of the `rows` are text, which modules that look at the grid of the picture must know.
+    """
     yield part(model, f"{path}.modulation", "modulation", 1)
-    yield part(model, f"{path}.attn", "attention", rows)
+    yield part(model, f"{path}.attn", "attention", rows, text, grid)
     block: Any = model.get_submodule(path)
     if block.router is not None:
         yield part(model, f"{path}.router", "mlp", rows)
@@ -376,10 +368,6 @@ def _single_costs(model: MMDiT, path: str, rows: int) -> Iterator[Part]:
     )
 
 
-SMALLEST_NOISE = 1e-3
-"""Below this noise level a predicted picture no longer defines a velocity, and the division is held."""
-
-
 def _check(
     width: int, heads: int, depth: int, position: str, axes: tuple[int, int, int] | None, prediction: str
 ) -> tuple[int, int, int]:
@@ -400,7 +388,8 @@ def _check(
     return found[0], found[1], found[2]
 
 
-def _joint_mask(text: Tensor | None, tokens: int) -> Tensor | None:
+def joint_mask(text: Tensor | None, tokens: int) -> Tensor | None:
+    """Turn a mask of text tokens [B, L] into one of the keys of a joint sequence, text first: [B, 1, 1, L + N]."""
     if text is None:
         return None
     keys = torch.nn.functional.pad(text.bool(), (0, tokens), value=True)

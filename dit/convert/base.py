@@ -21,6 +21,7 @@ from torch import Tensor, nn
 Tensors = dict[str, Tensor]
 
 _SYSTEMS: dict[str, type[System]] = {}
+_HOMES = ["dit.convert"]  # packages whose modules are converters
 
 
 class LayoutError(ValueError):
@@ -100,12 +101,18 @@ def system(*names: str) -> Callable[[type[S]], type[S]]:
     return declare
 
 
+def add_home(package: str) -> None:
+    """Let `find` look for converters in the modules of another package too."""
+    if package not in _HOMES:
+        _HOMES.append(package)
+
+
 def systems() -> tuple[str, ...]:
     """Return the official names that can be read, sorted."""
-    package = importlib.import_module("dit.convert")
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"dit.convert.{module.name}")
+    for home in _HOMES:
+        for module in pkgutil.iter_modules(importlib.import_module(home).__path__):
+            if not module.name.startswith("_"):
+                importlib.import_module(f"{home}.{module.name}")
     return tuple(sorted(_SYSTEMS))
 
 

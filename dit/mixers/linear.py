@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from dit.attention import Attention
@@ -29,10 +30,14 @@ EPSILON = 1e-6
 class Linear(Mixer):
     """ReLU linear attention with a depthwise convolution of the values, O(N D^2 / heads)."""
 
-    heads: int = knob(2, "Heads: fewer cost more operations, hardly time, and make better pictures", low=1)
-    kernel: int = knob(5, "Side of the convolution of the values; 0 for none", low=0, high=31, unit="tokens")
-    rotary: bool = knob(True, "Turn queries and keys where the network has rotary positions")
-    qk_norm: bool = knob(False, "RMS-normalise queries and keys per head, before the ReLU")
+    heads: int = knob(
+        default=2, label="Heads: fewer cost more operations, hardly time, and make better pictures", low=1
+    )
+    kernel: int = knob(
+        default=5, label="Side of the convolution of the values; 0 for none", low=0, high=31, unit="tokens"
+    )
+    rotary: bool = knob(default=True, label="Turn queries and keys where the network has rotary positions")
+    qk_norm: bool = knob(default=False, label="RMS-normalise queries and keys per head, before the ReLU")
 
     def check(self) -> None:
         """Raises: ValueError for a convolution without a middle."""
@@ -64,7 +69,9 @@ def linear_attention(
     """
     q, k, v = _kernels(q, k, v, heard)
     turned_q, turned_k = _turned(q, k, table)
-    total = k.mean(dim=1, keepdim=True)  # [B, 1, K, d]: means instead of sums, so that N does not matter to EPSILON
+    total = k.mean(
+        dim=1, keepdim=True
+    )  # [B, 1, K, d]: means instead of sums, so that N does not matter to EPSILON
     state = turned_k.permute(0, 2, 3, 1) @ v.transpose(1, 2) / k.shape[1]  # [B, K, d, d]
     out = (turned_q.transpose(1, 2) @ state).transpose(1, 2)  # [B, N, K, d]
     return out / ((q * total).sum(dim=-1, keepdim=True) + EPSILON)
@@ -113,6 +120,7 @@ class LinearProcessor:
         image_rotary_emb: Rotary | None = None,
         grid: Grid | None = None,
         length: int = 0,
+        heads: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = attn.project(hidden_states)
         local = attn.local(v[:, length:], grid)  # [B, N, D]
@@ -128,6 +136,8 @@ class LinearProcessor:
         out_text, out_image = out.split_with_sizes([text, out.shape[1] - text], dim=1)
         if local is not None:
             out_image = out_image + local
+        if heads is not None:
+            out_text, out_image = gated_heads(out_text, heads), gated_heads(out_image, heads)
         if encoder_hidden_states is None:
             return attn.project_out(torch.cat([out_text, out_image], dim=1) if text else out_image)
         if attn.context_pre_only:
@@ -138,7 +148,8 @@ class LinearProcessor:
 class LinearMixer(Attention):
     """The network of `Linear`: names of weights are those of `Attention`, and `conv` of the convolution."""
 
-    _default_processor_cls = LinearProcessor
+    processor: Any
+    _default_processor_cls = LinearProcessor  # type: ignore[assignment]
     _available_processors: ClassVar[list[type]] = [LinearProcessor]
 
     def __init__(
@@ -171,7 +182,7 @@ class LinearMixer(Attention):
             if self.kernel
             else None
         )
-        self.set_processor(LinearProcessor())
+        AttentionModuleMixin.set_processor(self, LinearProcessor())
 
     def forward(
         self,
@@ -186,7 +197,7 @@ class LinearMixer(Attention):
         if context is not None:
             attention_mask, image_rotary_emb = context.mask, context.rotary
             about = {"grid": context.grid, "length": context.length}
-            kwargs = context.attention_kwargs | about | kwargs
+            kwargs = context.attention_kwargs | about | heads_of(context) | kwargs
         return self.processor(
             self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
         )
@@ -229,6 +240,21 @@ def convolved(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
     # a view with channels last: what the convolution needs, without a copy
     picture = x.reshape(batch * grid.frames, grid.height, grid.width, channels).permute(0, 3, 1, 2)
     return conv(picture).permute(0, 2, 3, 1).reshape(batch, tokens, channels)
+
+
+def heads_of(context: Context) -> dict[str, Tensor]:
+    """Return which heads of the network a router left on, as an argument, or nothing."""
+    if context.route is None or context.route.heads is None:
+        return {}
+    return {"heads": context.route.heads}
+
+
+def gated_heads(x: Tensor, heads: Tensor) -> Tensor:
+    """Multiply the channels of x [B, N, D] that belong to each of the network's heads by its gate [B, K].
+
+    Sums over all tokens have heads of their own kind, so a head that is off is computed all the same: it costs little here.
+    """
+    return x * heads.to(x.dtype).repeat_interleave(x.shape[-1] // heads.shape[-1], dim=1).unsqueeze(1)
 
 
 def _heard(mask: Tensor | None) -> Tensor | None:

@@ -23,8 +23,12 @@ from diffusers.hooks import LayerSkipConfig, MagCacheConfig, apply_layer_skip
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from dit.backbones.dig import DiG
 from dit.backbones.dit import DiT
+from dit.backbones.emmdit import EMMDiT
+from dit.backbones.mask2dit import Mask2DiT
 from dit.backbones.mmdit import MMDiT
+from dit.backbones.ptdit import PTDiT
 from dit.ledger import analytic, counted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*attention backend.*:UserWarning")
@@ -37,6 +41,7 @@ class Backbone:
     make: Callable[[], Any]
     inputs: Callable[[], dict[str, Any]]
     text: int = 0
+    refused: tuple[str, ...] = ()  # caches of diffusers that cannot work here, and that the network refuses in words
 
     def network(self) -> Any:
         """Return the network with its zero maps filled, so that everything in it counts, in evaluation mode."""
@@ -73,6 +78,45 @@ def _mmdit(**changes: Any) -> MMDiT:
     return MMDiT(**(size | changes))
 
 
+def _emmdit(**changes: Any) -> EMMDiT:
+    size: dict[str, Any] = {
+        "in_channels": 4, "patch_size": 2, "sample_size": 8, "width": 32, "heads": 2, "groups": [1, 2, 1], "ratios": [2, 4],
+        "mlp_ratio": 2.0, "context_dim": 12, "pooled_dim": 8, "projection_dims": [],
+    }  # fmt: skip
+    return EMMDiT(**(size | changes))
+
+
+def _ptdit(**changes: Any) -> PTDiT:
+    size: dict[str, Any] = {
+        "in_channels": 4, "out_channels": 8, "sample_size": 8, "width": 32, "depth": 3, "heads": 2, "mlp_ratio": 2.0,
+        "context_dim": 12,
+    }  # fmt: skip
+    return PTDiT(**(size | changes))
+
+
+def _mask2dit(**changes: Any) -> Mask2DiT:
+    size: dict[str, Any] = {
+        "in_channels": 4, "sample_height": 8, "sample_width": 12, "frames": 2, "width": 32, "depth": 3, "heads": 2,
+        "mlp_ratio": 2.0, "time_dim": 12, "context_dim": 12, "caption_length": 3,
+    }  # fmt: skip
+    return Mask2DiT(**(size | changes))
+
+
+def _story() -> dict[str, Any]:
+    """Two scenes of two frames, captions of three tokens, of which some are padding."""
+    draw = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 4, 4, 8, 12, generator=draw),
+        "timestep": torch.tensor([30.0, 700.0]),
+        "encoder_hidden_states": torch.randn(2, 6, 12, generator=draw),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 0, 0, 1, 1, 1]], dtype=torch.bool),
+    }
+
+
+def _words() -> dict[str, Any]:
+    return {name: value for name, value in _prompt().items() if name != "pooled_projections"}
+
+
 REGISTRY: dict[str, Backbone] = {
     "dit": Backbone(
         make=lambda: DiT(sample_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0, num_classes=5),
@@ -84,9 +128,84 @@ REGISTRY: dict[str, Backbone] = {
         ),
         inputs=lambda: _latents() | {"class_labels": torch.tensor([1, 5])},
     ),
+    "dense2moe dit": Backbone(
+        make=lambda: DiT(
+            sample_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0, num_classes=5,
+            experts="mixture:experts=3,expert_ratio=1",
+        ),
+        inputs=lambda: _latents() | {"class_labels": torch.tensor([1, 5])},
+    ),
+    "dense2moe mmdit": Backbone(
+        make=lambda: _mmdit(experts="mixture:experts=3,expert_ratio=1"), inputs=lambda: _latents() | _prompt(), text=5
+    ),
     "switch-dit": Backbone(
         make=lambda: DiT(sample_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0, num_classes=5, experts="switch"),
         inputs=lambda: _latents() | {"class_labels": torch.tensor([1, 5])},
+    ),
+    "emmdit": Backbone(
+        make=_emmdit, inputs=lambda: _latents() | _prompt(), text=5, refused=("first block", "mag")
+    ),
+    "emmdit sample": Backbone(
+        make=lambda: _emmdit(prediction_type="sample", groups=[2], pooled_dim=None, modulation="adaln-single"),
+        inputs=lambda: _latents() | _prompt(),
+        text=5,
+    ),
+    "mmdit subregion": Backbone(
+        make=lambda: _mmdit(mixer="subregion:pattern=4/1 2/2", modulation="adaln-affine"),
+        inputs=lambda: _latents() | _prompt(),
+        text=5,
+    ),
+    "dydit": Backbone(
+        make=lambda: DiT(
+            sample_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0, num_classes=5,
+            experts="dynamic:start_width=0,start_tokens=0",
+        ),
+        inputs=lambda: _latents() | {"class_labels": torch.tensor([1, 5])},
+    ),
+    "lit": Backbone(
+        make=lambda: DiT(
+            sample_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0, num_classes=5, mixer="linear", experts="mix-ffn"
+        ),
+        inputs=lambda: _latents() | {"class_labels": torch.tensor([1, 5])},
+    ),
+    "dig": Backbone(
+        make=lambda: DiG(
+            sample_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0, num_classes=5, experts="swiglu:multiple=8"
+        ),
+        inputs=lambda: _latents() | {"class_labels": torch.tensor([1, 5])},
+    ),
+    "mmdit linear": Backbone(
+        make=lambda: _mmdit(mixer="linear:kernel=3", experts="mix-ffn"),
+        inputs=lambda: _latents() | _prompt(),
+        text=5,
+    ),
+    "mmdit gated": Backbone(
+        make=lambda: _mmdit(mixer="gated", dual_depth=2, single_depth=0),
+        inputs=lambda: _latents() | _prompt(),
+        text=5,
+    ),
+    "ptdit": Backbone(make=_ptdit, inputs=lambda: _latents() | _words(), text=5),
+    "ptdit release": Backbone(  # windows that do not divide the grid, and norms with weights
+        make=lambda: _ptdit(
+            mixer="proxy:height=3,width=2,proxy_columns=2,choice=corner", convention="release", norm_affine=True
+        ),
+        inputs=lambda: _latents() | _words(),
+        text=5,
+    ),
+    "dit proxy": Backbone(
+        make=lambda: DiT(
+            sample_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0, num_classes=5, mixer="proxy:height=2,width=3"
+        ),
+        inputs=lambda: _latents() | {"class_labels": torch.tensor([1, 5])},
+    ),
+    "mmdit proxy": Backbone(
+        make=lambda: _mmdit(mixer="proxy:height=2,width=2", dual_depth=1), inputs=lambda: _latents() | _prompt(), text=5
+    ),
+    "mask2dit": Backbone(make=_mask2dit, inputs=_story, text=6),
+    "mask2dit stored": Backbone(  # the table of one scene stretched over two, and all captions heard by all
+        make=lambda: _mask2dit(position="stored", mixer="full", attention_bias=False, norm_affine=False),
+        inputs=_story,
+        text=6,
     ),
     "mmdit": Backbone(make=_mmdit, inputs=lambda: _latents() | _prompt(), text=5),
     "mmdit pre-only": Backbone(
@@ -157,8 +276,10 @@ def test_shapes(backbone: Backbone) -> None:
 
 
 def test_gradients_reach_every_parameter(backbone: Backbone) -> None:
-    model, inputs = backbone.network(), backbone.inputs()
-    model(**inputs).sample.square().mean().backward()
+    model, inputs = backbone.network().train(), backbone.inputs()
+    torch.manual_seed(0)
+    out = model(**inputs).sample
+    (out.square().mean() + sum(model.auxiliary_losses().values())).backward()
     without = [name for name, one in model.named_parameters() if one.grad is None or not one.grad.any()]
     assert without == []
 
@@ -190,6 +311,7 @@ def test_checkpointing_is_equal(backbone: Backbone) -> None:
     gradients = {name: one.grad.clone() for name, one in model.named_parameters()}
     model.zero_grad()
     model.enable_gradient_checkpointing()
+    torch.manual_seed(3)
     with calls(model, ".attn") as seen:
         again = model(**inputs).sample
         forward = len(seen)
@@ -243,7 +365,7 @@ def test_lora_round_trip(backbone: Backbone, tmp_path: Path) -> None:
     other.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
     assert torch.equal(run(other, inputs), adapted)
     other.unload_lora()
-    assert torch.equal(run(other, inputs), plain)
+    assert close(run(other, inputs), plain)  # the same weights at other addresses may be summed in another order
 
 
 def test_lora_strength_of_one_call(backbone: Backbone) -> None:
@@ -413,6 +535,10 @@ def test_caches_of_diffusers_save_calls_and_leave_no_trace(backbone: Backbone, n
     if name in ("first block", "mag") and len(model.transformer_blocks) == 1:
         ending = ".modulation"
     steps = [inputs | {"hidden_states": inputs["hidden_states"] * (1 - 0.02 * i)} for i in range(4)]
+    if name in backbone.refused:
+        with pytest.raises(ValueError, match="replaces all blocks"):
+            model.enable_cache(config())
+        return
     plain = [run(model, given) for given in steps]
     with calls(model, ending) as seen:
         for given in steps:
@@ -434,6 +560,8 @@ def test_caches_of_diffusers_save_calls_and_leave_no_trace(backbone: Backbone, n
 
 def test_first_block_cache_keeps_branches_apart(backbone: Backbone) -> None:
     model, inputs = backbone.network(), backbone.inputs()
+    if "first block" in backbone.refused:
+        return
     other = inputs | {"hidden_states": inputs["hidden_states"].flip(0)}
     model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     with model.cache_context("cond"):

@@ -168,7 +168,7 @@ def test_slots_are_filled_by_settings() -> None:
         ({"patch_size": 3}, "sample_size=8, patch_size=3"),
         ({"convention": "edm"}, "one of ddpm, flow, sit, got 'edm'"),
         ({"mixer": "ful"}, "did you mean 'full'"),
-        ({"modulation": "adaln-one"}, "did you mean 'adaln-zero'"),
+        ({"modulation": "adaln-zer"}, "did you mean 'adaln-zero'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_words(changes: dict[str, Any], words: str) -> None:

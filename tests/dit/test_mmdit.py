@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dit.backbones.mmdit import SMALLEST_NOISE, MMDiT
+from dit.backbones.mmdit import MMDiT
 from dit.grid import Grid
 from dit.model import Context
 from dit.modulation import ZeroModulation
+from dit.prediction import SMALLEST_NOISE
 
 TINY: dict[str, Any] = {
     "in_channels": 4, "patch_size": 2, "sample_size": 8, "width": 16, "heads": 2, "dual_depth": 2, "single_depth": 1,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
 from dit.ledger import parameters_of
-from dit.presets import PRESETS, build, settings
+from dit.presets import PRESETS, backbone_class, build, settings
 
 
 @pytest.mark.parametrize("patch", [2, 4, 8])
@@ -55,11 +56,30 @@ def test_sd3_sizes(name: str, millions: float) -> None:
     )
 
 
-def test_emoji_is_the_shipped_recipe() -> None:
-    recipe = Path(__file__).resolve().parents[2] / "training" / "recipes" / "emoji.toml"
+@pytest.mark.parametrize(("name", "file"), [("emoji", "emoji"), ("emmdit-emoji", "emmdit")])
+def test_a_preset_is_its_recipe(name: str, file: str) -> None:
+    recipe = Path(__file__).resolve().parents[2] / "training" / "recipes" / f"{file}.toml"
     if not recipe.is_file():
         pytest.skip("training/ is not beside this package")
-    assert settings("emoji") == tomllib.loads(recipe.read_text(encoding="utf-8"))["model"]
+    assert settings(name) == tomllib.loads(recipe.read_text(encoding="utf-8"))["model"]
+
+
+def test_the_control_of_a_recipe_is_as_large_and_differs_in_nothing_but_the_network() -> None:
+    folder = Path(__file__).resolve().parents[2] / "training" / "recipes"
+    if not folder.is_dir():
+        pytest.skip("training/ is not beside this package")
+    ours, control = (
+        tomllib.loads((folder / f"{file}.toml").read_text(encoding="utf-8"))
+        for file in ("emmdit", "emmdit-control")
+    )
+    sizes = []
+    for recipe in (ours, control):
+        size = recipe.pop("model")
+        with torch.device("meta"):
+            sizes.append(parameters_of(backbone_class(size.pop("backbone"))(**size)))
+    assert ours == control
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+    assert 2e6 < sizes[0] < 5e6
 
 
 def test_changes_win() -> None:
@@ -85,6 +105,7 @@ def test_unknown_changes_are_refused() -> None:
 def test_every_preset_can_be_built() -> None:
     assert {"dit-xl/2", "sit-s/8", "mmdit-sd3", "mmdit-sd3.5-l", "mmdit-flux", "emoji"} <= set(PRESETS)
     for name in PRESETS:
-        depth = {"dual_depth": 1} if PRESETS[name]["backbone"] == "mmdit" else {"depth": 1}
+        short: dict[str, dict[str, Any]] = {"mmdit": {"dual_depth": 1}, "emmdit": {"groups": [1]}}
+        depth = short.get(PRESETS[name]["backbone"], {"depth": 1})
         with torch.device("meta"):
             assert build(name, **depth).config.width == PRESETS[name]["width"]
