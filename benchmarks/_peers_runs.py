@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acceleration.fitting import Gram, Trajectory
 from benchmarks._peers_methods import EXACT, Setting, attached, own, version
 from benchmarks.machine import ROOT, interleaved
 from benchmarks.measures import relative_error
@@ -107,6 +108,27 @@ class Bench:
             "output_type": "latent",
         } | more
         return self.pipeline(prompt=prompt, seeds=[seed], **given).images
+
+    def trajectory(self, steps: int, prompts: Sequence[str]) -> Trajectory:
+        """Return the inner products of exact runs of other prompts, seeds from 100 on, for `acceleration.fitting`."""
+        known = self.store.get("trajectory", self.base, steps, len(prompts))
+        if known is None:
+            gram, seen = Gram(), []
+            inner = self.pipeline.scheduler.step
+
+            def step(predicted: Tensor, *more: Any, **named: Any) -> Any:
+                seen.append(predicted.detach().clone())
+                return inner(predicted, *more, **named)
+
+            for place, prompt in enumerate(prompts):
+                seen.clear()
+                with patched(self.pipeline.scheduler, "step", step):
+                    self.call(steps, prompt, 100 + place)
+                gram.add(seen, [float(one) for one in self.pipeline.scheduler.sigmas])
+            made = gram.trajectory()
+            known = {"gram": made.gram.tolist(), "sigmas": list(made.sigmas)}
+            self.store.put(known, "trajectory", self.base, steps, len(prompts))
+        return Trajectory(torch.tensor(known["gram"], dtype=torch.float64), tuple(known["sigmas"]))
 
     def quality(self, setting: Setting, pictures: Sequence[tuple[str, int]]) -> list[Found]:
         """Return how far each picture is from the exact one; only those not in the work file are made."""

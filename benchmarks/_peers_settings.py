@@ -6,7 +6,7 @@ every level of quality lies between two measured points.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks._peers_methods import CACHE_DIT, FEWER, OURS, Setting
@@ -94,18 +94,34 @@ def _cache_dit(steps: int) -> Iterator[Setting]:
             yield Setting.of(method, steps, residual_diff_threshold=0.24, **(base | {"max_warmup_steps": 8}))
 
 
+FITTED = {28: (4, 5, 6, 7, 8, 9, 10, 12, 14), 50: (4, 5, 6, 7, 8, 10, 12, 15)}
+"""Full steps of the fitted step forecasts, by step count."""
+TRAINED_ON = 24
+"""Pictures that step forecasts are fitted to: concepts that are in none of the prompts."""
+
+
+def training_prompts(concepts: Iterable[str], styles: Iterable[str]) -> list[str]:
+    """Return what the fit sees: concepts of the card that no prompt above names, spread evenly, in the styles in turns."""
+    named = " ".join(PROMPTS).lower()
+    free = [one for one in concepts if not any(word in named for word in one.lower().split())]
+    chosen = [free[(2 * place + 1) * len(free) // (2 * TRAINED_ON)] for place in range(TRAINED_ON)]
+    looks = list(styles)
+    return [f"{one}, {looks[place % len(looks)]}" for place, one in enumerate(chosen)]
+
+
 def _ours(steps: int) -> Iterator[Setting]:
     texts = ["delta-cache", "delta-cache:interval=3", "delta-cache:interval=4,cached_fraction=0.9"]
     texts += [f"delta-cache:mode=whole,interval={interval}" for interval in (2, 3, 4)]
-    texts += [
-        f"taylor-cache:interval={every},order={order}" for order in (0, 1, 2) for every in (2, 3, 4, 5, 6)
-    ]
-    texts += [f"taylor-cache:interval={every},order=1,fresh=0" for every in (2, 4, 6)]
+    texts += [f"taylor-cache:interval={every}" for every in (2, 3, 4, 5)]
+    texts += [f"taylor-cache:interval={every},order=1,fresh=0" for every in (2, 3, 4)]
+    texts += ["taylor-cache:interval=2,order=2,fresh=0"]
     for gate, thresholds in (
-        ("confidence", (0.1, 0.2, 0.4, 0.8)),
-        ("first-block", (0.15, 0.3, 0.5, 0.8)),
-        ("spectral", (0.1, 0.2, 0.4, 0.8)),
+        ("confidence", (0.1, 0.3)),
+        ("first-block", (0.15, 0.4)),
+        ("spectral", (0.1, 0.2, 0.4)),
     ):
-        texts += [f"taylor-cache:gate={gate},threshold={threshold},order=1" for threshold in thresholds]
+        texts += [f"taylor-cache:gate={gate},threshold={threshold}" for threshold in thresholds]
+    texts += [f"step-forecast:interval={interval}" for interval in (2, 3, 4, 5)]
+    texts += ["step-forecast:interval=3,order=2", "step-forecast:interval=3,variable=logit"]
     for text in texts:
         yield Setting.of(f"{OURS} {text.partition(':')[0]}", steps, set=text)

@@ -17,14 +17,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from acceleration.fitting import fit
 from benchmarks import _peers_plot
 from benchmarks._peers_front import Point, Reading, ahead, at_level, bound, delta_formula
 from benchmarks._peers_methods import Setting, absent, own, version
 from benchmarks._peers_runs import Bench, summary
-from benchmarks._peers_settings import LEVELS, PROMPTS, SEEDS, STEPS, settings
+from benchmarks._peers_settings import FITTED, LEVELS, PROMPTS, SEEDS, STEPS, settings, training_prompts
 from benchmarks.machine import RESULTS, record, write_json
 from pipelines import catalog
 
+MARGIN = 1.0
+"""dB that a setting may lie under another of its method that computes no more, on the pictures of the screening."""
 DELTA = ((2, 8), (3, 8), (4, 8), (2, 5))
 """Interval and blocks left out, for the check of Delta-cache's formula."""
 
@@ -34,13 +37,17 @@ def main(words: Sequence[str] | None = None) -> int:
     given = _arguments(words)
     pictures = [(prompt, seed) for seed in range(given.seeds) for prompt in PROMPTS[: given.prompts]]
     bench = Bench(catalog.load(given.model, "float32", "cpu"))
-    wanted = [one for steps in given.steps for one in settings(steps, tuple(given.ours or ()))]
+    wanted = [
+        one for steps in given.steps for one in settings(steps, (*(given.ours or ()), *_fitted(bench, steps)))
+    ]
     if given.only:
         wanted = [one for one in wanted if any(word in f"{one.method} {one.words}" for word in given.only)]
     here = [one for one in wanted if absent(one.method) is None][given.share[0] - 1 :: given.share[1]]
     both = not (given.quality or given.times or given.table)
     failed: dict[str, str] = {}
     if given.quality or both:
+        _quality(bench, here, pictures[: given.screen], failed)
+        here = _kept(bench, here, pictures[: given.screen])
         _quality(bench, here, pictures, failed)
     if given.times or both:
         _times(bench, [one for one in here if _seen(bench, one, pictures)], given)
@@ -80,6 +87,13 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
         metavar="K/N",
         help="only the k-th of n shares of the settings",
     )
+    parser.add_argument(
+        "--screen",
+        type=int,
+        default=4,
+        metavar="N",
+        help="settings far under their own method on N pictures go no further",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds for each setting")
     parser.add_argument("--again", action="store_true", help="take times anew that were taken before")
     parser.add_argument("--model", default="emoji")
@@ -114,6 +128,34 @@ def _quality(
             f"{found['psnr_db']:.2f} dB, computed {found['fraction']:.3f}",
             flush=True,
         )
+
+
+def _fitted(bench: Bench, steps: int) -> list[str]:
+    """Return our step forecasts fitted to exact runs of other prompts."""
+    card = bench.loaded.card
+    prompts = training_prompts(card.more["concepts"], card.more["styles"])
+    trajectory = bench.trajectory(steps, prompts)
+    return [str(fit(trajectory, full)) for full in FITTED.get(steps, ())]
+
+
+def _kept(bench: Bench, wanted: Sequence[Setting], pictures: Sequence[tuple[str, int]]) -> list[Setting]:
+    """Return the settings that the first pictures do not show to lie far under another of the same method."""
+    found = {one.key: summary(bench.quality(one, pictures)) for one in wanted if _seen(bench, one, pictures)}
+
+    def beaten(one: Setting) -> bool:
+        mine = found[one.key]
+        rivals = (
+            found[other.key]
+            for other in wanted
+            if other.key in found and other.method == one.method and other.steps == one.steps
+        )
+        return any(
+            r["fraction"] <= mine["fraction"] and r["psnr_db"] > mine["psnr_db"] + MARGIN for r in rivals
+        )
+
+    kept = [one for one in wanted if one.key in found and not beaten(one)]
+    print(f"{len(kept)} of {len(wanted)} settings are measured on all pictures", flush=True)
+    return kept
 
 
 def _seen(bench: Bench, one: Setting, pictures: Sequence[tuple[str, int]]) -> bool:
