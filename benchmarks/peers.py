@@ -133,7 +133,9 @@ def _quality(
 def _fitted(bench: Bench, steps: int) -> list[str]:
     """Return our step forecasts fitted to exact runs of other prompts."""
     card = bench.loaded.card
-    prompts = training_prompts(card.more["concepts"], card.more["styles"])
+    if not card.more.get("concepts") or not FITTED.get(steps):
+        return []
+    prompts = training_prompts(card.more["concepts"], card.more.get("styles") or [""])
     trajectory = bench.trajectory(steps, prompts)
     return [str(fit(trajectory, full)) for full in FITTED.get(steps, ())]
 
