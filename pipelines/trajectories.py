@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,15 +41,3 @@ def recording(gram: Gram) -> Iterator[None]:
         levels = [float(one) for one in getattr(scheduler, "sigmas", [])]
         if seen and len(levels) == len(seen) + 1:
             gram.add(seen, levels)
-
-
-def record(
-    gram: Gram, runs: Sequence[Callable[[], object]], enough: Callable[[], bool] = lambda: False
-) -> Gram:
-    """Make exact runs one by one until there are no more, or `enough` says so, and add each to `gram`."""
-    for run in runs:
-        if enough():
-            break
-        with recording(gram):
-            run()
-    return gram

@@ -23,7 +23,7 @@ from acceleration.fitting import Gram, Trajectory
 from pipelines import masks
 from pipelines.compare import difference_of_clips
 from pipelines.request import Request, RequestError
-from pipelines.trajectories import record
+from pipelines.trajectories import recording
 
 if TYPE_CHECKING:
     from pipelines.generate import OnStep, Progress
@@ -152,11 +152,13 @@ class Bench:
         self.runs = 0
         self.exact_seconds: list[float] = []
         self._exact: dict[Scene, Result] = {}
+        self._gram = Gram()
 
     def exact(self, scene: Scene) -> Result:
         """Return the exact result of a scene, made once."""
         if scene not in self._exact:
-            found = self._made(scene.of(self.base))
+            with recording(self._gram):
+                found = self._made(scene.of(self.base))
             if found.report["failures"]:
                 raise RequestError(
                     "model",
@@ -169,8 +171,13 @@ class Bench:
 
     def trajectory(self, scenes: Sequence[Scene], enough: Callable[[], bool]) -> Trajectory | None:
         """Record exact runs of scenes until `enough`; None where the scheduler is none whose steps can be fitted."""
-        gram = record(Gram(), [lambda one=one: self._made(one.of(self.base)) for one in scenes], enough)  # type: ignore[misc]
-        return gram.trajectory() if gram.pictures else None
+        for scene in scenes:
+            if enough():
+                break
+            if scene not in self._exact:
+                with recording(self._gram):
+                    self._made(scene.of(self.base))
+        return self._gram.trajectory() if self._gram.pictures else None
 
     def trial(self, methods: Methods, scene: Scene, *, sketched: bool = False) -> Trial:
         """Return the trial of some accelerators on a scene, from the log or made now. Raises: TimeUp."""

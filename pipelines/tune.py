@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import profile as profiles
+from pipelines.pareto import Point, front
 from pipelines.profile import Profile, Range
 from pipelines.request import Request, RequestError, accelerator_kinds
-from pipelines.search import Point, Search, front
+from pipelines.search import Search
 from pipelines.trials import Bench, Clock, Log, Scene, Tell, TimeUp, Trial, mean, scenes_for
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from pipelines import cli, machine, profile, search
 from pipelines import generate as generating
 from pipelines import tune as tuning
 from pipelines.generate import Cancelled, generate
+from pipelines.pareto import Point, front, layers
 from pipelines.request import Request, RequestError
-from pipelines.search import Point, front, layers
 from pipelines.trials import Bench, Clock, Log, Scene, TimeUp, Trial, scenes_for
 from pipelines.tune import Budget, Tuned, known_prompts, tune
 
@@ -74,7 +74,7 @@ def test_methods_for_long_sequences_wait_for_long_sequences() -> None:
 
     kinds: Any = accelerator_kinds().values()
     names = {one[0].name for one in search.candidates(28, 64, kinds)}
-    assert names == {"delta-cache", "taylor-cache"}
+    assert names == {"delta-cache", "step-forecast", "taylor-cache"}
     assert {"adaspa", "xattention"} <= {one[0].name for one in search.candidates(28, 100_000, kinds)}
     assert all(not one[0].neutral for one in search.candidates(2, 64, kinds))
 
@@ -86,6 +86,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "SEARCHED", 2)
     monkeypatch.setattr(tuning, "HELD_OUT", 2)
     monkeypatch.setattr(tuning, "COMPARED", 1)
+    monkeypatch.setattr(tuning, "RECORDED", 1)
     monkeypatch.setattr(tuning, "TIMED", 2)
     monkeypatch.setattr(tuning, "FEWEST_RUNS", 1)
     monkeypatch.setattr(search, "candidates", lambda *given: inner(*given)[::9])

@@ -1,0 +1,71 @@
+"""Exact runs are recorded as their scheduler sees them, and a forecast fitted to them serves the pipeline it came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from acceleration.fitting import Gram, fit
+from pipelines.generate import Cancelled, generate
+from pipelines.request import Request
+from pipelines.schedulers import watched
+from pipelines.trajectories import recording
+
+STEPS = 6
+
+
+def asked(model: Any, **changes: Any) -> Request:
+    return Request(model=str(model), prompt="dog", steps=STEPS, guidance=2.0, **changes)
+
+
+def test_every_step_of_a_guided_run_is_recorded(tiny: str) -> None:
+    gram = Gram()
+    with recording(gram):
+        generate(asked(tiny))
+        generate(asked(tiny, seed=1))
+    found = gram.trajectory()
+    assert gram.pictures == 2
+    assert found.gram.shape == (STEPS, STEPS)
+    assert found.sigmas[0] == pytest.approx(1.0)
+    assert found.sigmas[-1] == 0.0
+    assert torch.linalg.eigvalsh(found.gram).min() > -1e-6  # inner products of real vectors
+    assert (found.gram.diagonal() > 0).all()
+
+
+def test_recording_changes_no_picture(tiny: str) -> None:
+    plain = generate(asked(tiny))
+    with recording(Gram()):
+        seen = generate(asked(tiny))
+    assert plain.images[0].tobytes() == seen.images[0].tobytes()
+
+
+def test_fitted_forecast_skips_steps_of_the_model_it_was_fitted_to(tiny: str) -> None:
+    gram = Gram()
+    with recording(gram):
+        for seed in range(3):
+            generate(asked(tiny, seed=seed))
+    method = fit(gram.trajectory(), 3)
+    made = generate(asked(tiny, accelerators=(method,)))
+    run = made.report["run"]
+    assert method.mask is not None
+    assert run["fraction"] == pytest.approx(0.5)
+    assert [bool(cell.get("step forecast")) for cell in run["cells"]].count(True) % 3 == 0
+
+
+def test_other_schedulers_and_runs_cut_short_are_left_out(tiny: str) -> None:
+    gram = Gram()
+    with recording(gram):
+        generate(asked(tiny, scheduler="heun"))
+        with pytest.raises(Cancelled):
+            generate(asked(tiny), on_step=lambda progress: progress.step < 2)
+    assert gram.pictures == 0
+
+
+def test_watching_ends_with_its_block(tiny: str) -> None:
+    seen: list[Any] = []
+    with watched(seen.append):
+        generate(asked(tiny))
+    generate(asked(tiny))
+    assert len(seen) == 1
