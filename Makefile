@@ -7,7 +7,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo app test lint format train-emoji figures gpu clean
+.PHONY: help demo app test test-slow lint format train-emoji figures gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,8 +22,11 @@ test: $(VENV)/.installed-dev ## lint, types and tests; a finding of one does not
 	@code=0; \
 	$(PY) -m ruff check --quiet --output-format concise . || code=1; \
 	$(PY) -m mypy --no-error-summary || code=1; \
-	$(PY) -m pytest -q || code=$$?; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow" --numprocesses=auto --maxprocesses=8 --dist=loadfile || code=$$?; \
 	exit $$code
+
+test-slow: $(VENV)/.installed-dev ## the tests that take half a minute and more each
+	$(PY) -m pytest -q -m slow
 
 lint: $(VENV)/.installed-dev ## ruff and mypy alone
 	$(PY) -m ruff check .

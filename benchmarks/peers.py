@@ -26,8 +26,8 @@ from benchmarks._peers_settings import FITTED, LEVELS, PROMPTS, SEEDS, STEPS, se
 from benchmarks.machine import RESULTS, record, write_json
 from pipelines import catalog
 
-MARGIN = 1.0
-"""dB that a setting may lie under another of its method that computes no more, on the pictures of the screening."""
+WINDOW = (20.0, 46.0)
+"""dB between which a setting must lie on the pictures of the screening: outside it says nothing of the levels."""
 DELTA = ((2, 8), (3, 8), (4, 8), (2, 5))
 """Interval and blocks left out, for the check of Delta-cache's formula."""
 
@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
     failed: dict[str, str] = {}
     if given.quality or both:
         _quality(bench, here, pictures[: given.screen], failed)
-        here = _kept(bench, here, pictures[: given.screen])
+        here = _kept(bench, here, pictures[: given.screen], given.margin)
         _quality(bench, here, pictures, failed)
     if given.times or both:
         _times(bench, [one for one in here if _seen(bench, one, pictures)], given)
@@ -94,6 +94,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="settings far under their own method on N pictures go no further",
     )
+    parser.add_argument("--margin", type=float, default=0.2, metavar="DB", help="how far under is far, in dB")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds for each setting")
     parser.add_argument("--again", action="store_true", help="take times anew that were taken before")
     parser.add_argument("--model", default="emoji")
@@ -140,7 +141,9 @@ def _fitted(bench: Bench, steps: int) -> list[str]:
     return [str(fit(trajectory, full)) for full in FITTED.get(steps, ())]
 
 
-def _kept(bench: Bench, wanted: Sequence[Setting], pictures: Sequence[tuple[str, int]]) -> list[Setting]:
+def _kept(
+    bench: Bench, wanted: Sequence[Setting], pictures: Sequence[tuple[str, int]], margin: float
+) -> list[Setting]:
     """Return the settings that the first pictures do not show to lie far under another of the same method."""
     found = {one.key: summary(bench.quality(one, pictures)) for one in wanted if _seen(bench, one, pictures)}
 
@@ -152,10 +155,14 @@ def _kept(bench: Bench, wanted: Sequence[Setting], pictures: Sequence[tuple[str,
             if other.key in found and other.method == one.method and other.steps == one.steps
         )
         return any(
-            r["fraction"] <= mine["fraction"] and r["psnr_db"] > mine["psnr_db"] + MARGIN for r in rivals
+            r["fraction"] <= mine["fraction"] and r["psnr_db"] > mine["psnr_db"] + margin for r in rivals
         )
 
-    kept = [one for one in wanted if one.key in found and not beaten(one)]
+    kept = [
+        one
+        for one in wanted
+        if one.key in found and WINDOW[0] <= found[one.key]["psnr_db"] <= WINDOW[1] and not beaten(one)
+    ]
     print(f"{len(kept)} of {len(wanted)} settings are measured on all pictures", flush=True)
     return kept
 

@@ -21,8 +21,9 @@ def velocity_from_picture(picture: Tensor, noisy: Tensor, timestep: Tensor, patc
     noise_level = timestep.to(noisy.dtype) / 1000
     if noise_level.dim() == 2:
         grid = Grid.of(noisy, (1, patch, patch))
-        noise_level = noise_level.reshape(-1, 1, *noisy.shape[2:-2], grid.height, grid.width)
+        sides = (grid.frames, grid.height, grid.width)[5 - noisy.dim() :]
+        noise_level = noise_level.reshape(-1, 1, *sides)
         noise_level = noise_level.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
     else:
-        noise_level = noise_level.reshape(-1, *[1] * (noisy.dim() - 1))
+        noise_level = noise_level.reshape(-1, *(1 for _ in noisy.shape[1:]))
     return (noisy - picture.to(noisy.dtype)) / noise_level.clamp_min(SMALLEST_NOISE)

@@ -3,7 +3,7 @@
 Paper: Scalable Diffusion Models with Transformers, Peebles and Xie 2023, arXiv:2212.09748; SiT, Ma et al. 2024,
 arXiv:2401.08740; LiT, Wang et al. 2025, arXiv:2501.12976; DiG, Zhu et al. 2024, arXiv:2405.18428; Stable Diffusion 3, Esser et
 al. 2024, arXiv:2403.03206; Qihoo-T2X (PT-DiT), Wang et al. 2024, arXiv:2409.04005; E-MMDiT, Shen et al. 2025, arXiv:2510.27135;
-VDT, Lu et al. 2023, arXiv:2305.13311; FLUX.1, Black Forest Labs 2024.
+VDT, Lu et al. 2023, arXiv:2305.13311; Mask^2DiT, Qi et al. 2025, arXiv:2503.19881; FLUX.1, Black Forest Labs 2024.
 Differs: the mmdit-* presets have the sizes of SD3, SD3.5 and FLUX.1, not their weights: for those use diffusers' own classes.
 """
 
@@ -94,6 +94,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "backbone": "emmdit", "in_channels": 3, "patch_size": 2, "sample_size": 32, "width": 160, "heads": 5,
         "groups": [1, 4, 1], "context_dim": 384, "pooled_dim": 384, "prediction_type": "sample",
     },
+    "mask2dit-5b": {
+        "backbone": "mask2dit", "in_channels": 16, "patch_size": 2, "sample_height": 60, "sample_width": 90, "frames": 13,
+        "width": 3072, "depth": 42, "heads": 48, "context_dim": 4096, "caption_length": 226,
+    },
     "emoji": {
         "backbone": "mmdit", "in_channels": 3, "patch_size": 4, "sample_size": 32, "width": 256, "heads": 4,
         "dual_depth": 4, "single_depth": 6, "context_dim": 384, "pooled_dim": 384, "qk_norm": True, "position": "both",
@@ -102,7 +106,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Preset name -> `backbone` (the module of `dit.backbones`) and the arguments of its class."""
 
-BACKBONES = {"dit": "DiT", "mmdit": "MMDiT", "emmdit": "EMMDiT", "ptdit": "PTDiT", "dig": "DiG", "vdt": "VDT"}
+BACKBONES = {
+    "dit": "DiT", "mmdit": "MMDiT", "emmdit": "EMMDiT", "ptdit": "PTDiT", "dig": "DiG", "vdt": "VDT", "mask2dit": "Mask2DiT",
+}  # fmt: skip
 """Module of `dit.backbones` -> the class of the network in it."""
 
 

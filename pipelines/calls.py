@@ -33,7 +33,9 @@ def arguments(pipeline: Any, request: Request, card: Card, image: Image | None) 
 
     wanted = _plain(request, card) | _guidance(pipeline, request, card)
     if image is not None:
-        wanted |= {"image": image, "strength": request.strength}
+        wanted |= {"image": image}
+        if card.task != "text-to-video" or takes(pipeline, "strength"):  # a clip's first frame is kept as it is
+            wanted |= {"strength": request.strength}
         if request.width is None and request.height is None and not takes(pipeline, "guidance_mode"):
             wanted |= _fitted(image, card.multiple)
     for name, value in wanted.items():

@@ -29,10 +29,14 @@ KEPT = 2
 OWN = {
     "TextToImagePipeline": "pipelines.text_to_image",
     "ClassToImagePipeline": "pipelines.class_to_image",
+    "StoryToVideoPipeline": "pipelines.story_to_video",
+    "TextToVideoPipeline": "pipelines.text_to_video",
     "MMDiT": "dit.backbones.mmdit",
     "EMMDiT": "dit.backbones.emmdit",
     "DiT": "dit.backbones.dit",
     "PTDiT": "dit.backbones.ptdit",
+    "Mask2DiT": "dit.backbones.mask2dit",
+    "VDT": "dit.backbones.vdt",
     "ResampleCodec": "dit.codec",
 }
 """Our classes and the modules they live in: the only names outside diffusers and transformers that a model may use."""

@@ -191,7 +191,8 @@ def _prepared(pipeline: Any, request: Request, image: Image | None) -> Iterator[
     """Yield the pipeline for this task with a fresh scheduler of the kind asked for; the model's own stands again after."""
     from pipelines.schedulers import scheduler_for
 
-    if image is not None and not takes(pipeline, "image", "strength"):
+    starts = takes(pipeline, "image", "strength") or takes(pipeline, "image", "num_frames")  # a picture, or a first frame
+    if image is not None and not starts:
         from diffusers import AutoPipelineForImage2Image
 
         try:
