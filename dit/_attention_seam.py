@@ -30,6 +30,8 @@ _HIDDEN = ("hidden_states", "x", "query")
 _CONTEXT = ("encoder_hidden_states", "context", "key")
 # How many of the last keys of the call that is on its way are no part of the model's own sequence.
 _APPENDED: ContextVar[int] = ContextVar("appended", default=0)
+# How many of the first keys of the call that is on its way are text, where only a part of the sequence asks.
+_PART: ContextVar[int | None] = ContextVar("part", default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,16 @@ def attend_appended(call: Attending, k: Tensor, v: Tensor, mask: Tensor | None) 
         )  # fmt: skip
     finally:
         _APPENDED.reset(token)
+
+
+@contextmanager
+def asked_by_a_part(text: int) -> Iterator[None]:
+    """Say that in the calls inside a part of the picture's tokens asks all of them, and `text` text tokens before them."""
+    token = _PART.set(text)
+    try:
+        yield
+    finally:
+        _PART.reset(token)
 
 
 @contextmanager
@@ -227,6 +239,9 @@ class _Listener(TorchFunctionMode):
     def _kind(self, visit: _Visit, queries: int, keys: int) -> tuple[str, tuple[int, int]]:
         """Tell self from cross from joint attention, and where the text stands among the keys."""
         hidden, context, now = visit.hidden, visit.context, self._now
+        part = _PART.get()
+        if part is not None:
+            return "joint", (part, 0)
         if hidden is not None and context is not None and keys == hidden + context:
             now.texts.add(context)
             lengths = now.joins.get(keys, (context, hidden))

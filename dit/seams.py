@@ -14,15 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit._attention_seam import Attending, attend_appended, attention_layers, attention_seam, unseen
+from dit._attention_seam import (
+    Attending,
+    asked_by_a_part,
+    attend_appended,
+    attention_layers,
+    attention_seam,
+    unseen,
+)
 from dit._clock import Clock, Moment
 from dit._streams import Output, Tensors, arguments, match, tensor_arguments, version
 
 __all__ = [
     "CONTROL_RUN", "RUN", "Attending", "Block", "Blocks", "Clock", "Moment", "Output", "Tensors", "Visit", "announce", "arguments",
-    "around_blocks", "around_calls", "attend_appended", "attention_layers", "attention_seam", "blocks_of", "fingerprint", "match",
-    "named_contexts", "observed", "patched", "prompt_of", "tensor_arguments", "timestep_of", "unseen", "version",
-    "writes_cache",
+    "around_blocks", "around_calls", "asked_by_a_part", "attend_appended", "attention_layers", "attention_seam", "blocks_of",
+    "fingerprint", "match", "named_contexts", "observed", "patched", "prompt_of", "tensor_arguments", "timestep_of", "unseen",
+    "version", "writes_cache",
 ]  # fmt: skip
 
 _ABSENT = object()

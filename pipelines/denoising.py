@@ -233,12 +233,16 @@ class GuidedPipeline(DiffusionPipeline):
             own = isinstance(self.transformer, Backbone)
             output = self.transformer(
                 hidden_states=latents if own else latents.to(self.transformer.dtype),
-                timestep=time.to(latents.device).expand(latents.shape[0]),
+                timestep=self._times(time, latents),
                 return_dict=False,
                 **inputs,
             )[0]
         found: Tensor = output.float()
         return found
+
+    def _times(self, time: Tensor, latents: Tensor) -> Tensor:
+        """Return the time as the network takes it: one a sample [B]."""
+        return time.to(latents.device).expand(latents.shape[0])
 
     def _shaped(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
         """Guide the prediction; a learned variance is taken from the conditional branch, and only where it is used."""

@@ -241,7 +241,7 @@ class MMDiT(Backbone):
         """Return the velocity at a noisy picture.
 
         Args:
-            hidden_states: noisy picture [B, C, H, W]; rows and columns divide by the patch.
+            hidden_states: noisy picture [B, C, H, W] or clip [B, C, F, H, W]; rows and columns divide by the patch.
             timestep: [B], or [B, N] with one time a token, on 0..1000.
             encoder_hidden_states: text tokens [B, L, context_dim].
             pooled_projections: pooled prompt [B, pooled_dim].
@@ -252,7 +252,7 @@ class MMDiT(Backbone):
             joint_attention_kwargs: passed to attention processors; `scale` is the LoRA scale.
 
         Returns:
-            velocity [B, C, H, W] as `sample`, or a one-tuple unless `return_dict`.
+            velocity in the shape of `hidden_states` as `sample`, or a one-tuple unless `return_dict`.
         """
         grid = Grid.of(hidden_states, self.x_embedder.patch)
         dtype, device = self.dtype, hidden_states.device
@@ -284,8 +284,8 @@ class MMDiT(Backbone):
                 if added:
                     image = image + added[i * len(added) // len(blocks)]
         shift, scale = self.modulation_out(temb)
-        output = self.proj_out(modulate(self.norm_out(image), shift, scale), grid)
-        output = output.to(hidden_states.dtype)
+        inner = modulate(self.norm_out(image), shift, scale)
+        output = self.proj_out(inner, grid, frames=hidden_states.dim() == 5).to(hidden_states.dtype)
         if self.config.prediction_type == "sample":
             output = velocity_from_picture(output, hidden_states, timestep, self.config.patch_size)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

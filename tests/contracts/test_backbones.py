@@ -29,6 +29,7 @@ from dit.backbones.emmdit import EMMDiT
 from dit.backbones.mask2dit import Mask2DiT
 from dit.backbones.mmdit import MMDiT
 from dit.backbones.ptdit import PTDiT
+from dit.backbones.vdt import VDT
 from dit.ledger import analytic, counted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*attention backend.*:UserWarning")
@@ -110,6 +111,35 @@ def _story() -> dict[str, Any]:
         "timestep": torch.tensor([30.0, 700.0]),
         "encoder_hidden_states": torch.randn(2, 6, 12, generator=draw),
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 0, 0, 1, 1, 1]], dtype=torch.bool),
+    }
+
+
+def _vdt(**changes: Any) -> VDT:
+    size: dict[str, Any] = {
+        "in_channels": 4, "patch_size": 2, "sample_size": 8, "frames": 3, "width": 32, "depth": 3, "heads": 2, "mlp_ratio": 2.0,
+    }  # fmt: skip
+    return VDT(**(size | changes))
+
+
+def _frames() -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(1)
+    return _latents() | {"hidden_states": torch.randn(2, 4, 3, 8, 12, generator=draw)}
+
+
+def _given() -> dict[str, Any]:
+    """A first frame for one clip, and the left half of the second for the other."""
+    draw = torch.Generator().manual_seed(3)
+    mask = torch.ones(2, 3, 8, 12)
+    mask[0, 0], mask[1, 1, :, :6] = 0, 0
+    return {"clean": torch.randn(2, 4, 3, 8, 12, generator=draw), "mask": mask}
+
+
+def _beside() -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(4)
+    return {
+        "condition_frames": torch.randn(2, 4, 2, 8, 12, generator=draw),
+        "condition_index": torch.tensor([[-2, -1], [1, 7]]),
+        "condition_mask": torch.tensor([[1, 1], [0, 1]]),
     }
 
 
@@ -207,6 +237,25 @@ REGISTRY: dict[str, Backbone] = {
         inputs=_story,
         text=6,
     ),
+    "vdt": Backbone(
+        make=lambda: _vdt(num_classes=5, learn_sigma=True, convention="ddpm"),
+        inputs=lambda: _frames() | {"class_labels": torch.tensor([1, 5])},
+    ),
+    "vdt text": Backbone(
+        make=lambda: _vdt(context_dim=12, pooled_dim=8, clean_time=True, prediction_type="sample"),
+        inputs=lambda: _frames() | _prompt() | _given(),
+        text=5,
+    ),
+    "vdt beside": Backbone(
+        make=lambda: _vdt(conditioning="concatenate", clean_time=True, modulation="adaln-single"),
+        inputs=lambda: _frames() | _given() | _beside(),
+    ),
+    "dit spacetime": Backbone(
+        make=lambda: DiT(
+            sample_size=8, width=32, depth=3, heads=2, mlp_ratio=2.0, num_classes=5, mixer="spacetime:qk_norm=true"
+        ),
+        inputs=lambda: _frames() | {"class_labels": torch.tensor([1, 5])},
+    ),
     "mmdit": Backbone(make=_mmdit, inputs=lambda: _latents() | _prompt(), text=5),
     "mmdit pre-only": Backbone(
         make=lambda: _mmdit(single_depth=0, qk_norm=False, position="sincos"),
@@ -267,10 +316,10 @@ def with_lora(model: Any, seed: int = 0) -> Any:
 def test_shapes(backbone: Backbone) -> None:
     model, inputs = backbone.network(), backbone.inputs()
     out = run(model, inputs)
-    batch, channels, rows, columns = inputs["hidden_states"].shape
+    batch, channels, *sides = inputs["hidden_states"].shape
     assert out.shape[0] == batch
     assert out.shape[1] % channels == 0
-    assert out.shape[2:] == (rows, columns)
+    assert list(out.shape[2:]) == sides
     assert out.dtype == torch.float32
     assert torch.equal(model(**inputs, return_dict=False)[0], out)
 
@@ -344,10 +393,13 @@ def test_costs_are_told_right(backbone: Backbone) -> None:
     with torch.device("meta"):
         model = backbone.make()
         inputs = {
-            name: torch.empty_like(value[:1], device="meta") for name, value in backbone.inputs().items()
+            name: torch.empty_like(value[:1], device="meta")
+            for name, value in backbone.inputs().items()
+            if name not in (_given() | _beside())  # costs are those of a clip alone
         }
-        inputs["hidden_states"] = inputs["hidden_states"][..., :8]
-        assert analytic(model, 8, 8, text=backbone.text).macs == counted(model, inputs).macs > 0
+        x = inputs["hidden_states"] = inputs["hidden_states"][..., :8]
+        told = analytic(model, 8, 8, frames=x.shape[2] if x.dim() == 5 else 1, text=backbone.text)
+        assert told.macs == counted(model, inputs).macs > 0
 
 
 # What it owes to diffusers: adapters
