@@ -72,7 +72,8 @@ def inherit(teacher: Any, *, load: str = "", **changes: Any) -> tuple[Any, Inher
     student = kind(**(config | changes))
     if student.dtype != teacher.dtype:
         student = student.to(teacher.dtype)
-    given, wanted = teacher.state_dict(), student.state_dict()
+    wanted = student.state_dict()
+    given = _apart(teacher.state_dict(), wanted)
     inherited, renewed = [], []
     for name, own in wanted.items():
         if name not in given:
@@ -99,6 +100,23 @@ def inherit(teacher: Any, *, load: str = "", **changes: Any) -> tuple[Any, Inher
         dropped=tuple(name for name in given if name not in wanted),
     )
     return student.train(teacher.training), report
+
+
+def _apart(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a teacher's weights with the joint map of one-stream blocks cut in two, where the student's experts have their own."""
+    given = dict(given)
+    for path in (
+        name.removesuffix("proj_mlp.weight") for name in list(given) if name.endswith("proj_mlp.weight")
+    ):
+        if f"{path}proj_mlp.weight" in wanted or f"{path}ff.net.0.proj.weight" not in wanted:
+            continue
+        joint = given[f"{path}proj_out.weight"]
+        width = joint.shape[0]
+        for kind in ("weight", "bias"):
+            given[f"{path}ff.net.0.proj.{kind}"] = given.pop(f"{path}proj_mlp.{kind}")
+        given[f"{path}proj_out.weight"], given[f"{path}ff.net.2.weight"] = joint[:, :width], joint[:, width:]
+        given[f"{path}ff.net.2.bias"] = torch.zeros_like(given[f"{path}proj_out.bias"])
+    return given
 
 
 def _letter(name: str) -> str | None:

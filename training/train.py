@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from dit.experts.dynamic import complete
 from dit.presets import backbone_class
 from dit.text import encode, load_minilm
 from training.data import Pictures, choose, load_pictures, wording
@@ -178,11 +179,19 @@ class Trainer:
         latents, prompts = self.train.draw(run["batch"], self.recipe["data"]["drop"], self.dice, self.shift)
         noise = torch.randn(latents.shape, generator=self.dice).to(self.device)
         times = self.objective.times(len(latents), self.dice).to(self.device)
-        loss = self.loss(latents, prompts, noise, times)
+        self.model.training_step = self.master.steps  # for losses whose target moves
+        loss = self.complete_loss(latents, prompts, noise, times) + self.loss(latents, prompts, noise, times)
         self.accelerator.backward(loss + sum(self.model.auxiliary_losses().values()))
         self.master.step(self.factor(), self.recipe["optimizer"]["clip"])
         self.seen += len(latents) * self.accelerator.num_processes
         return float(loss.detach())
+
+    def complete_loss(self, latents: Tensor, prompts: dict[str, Tensor], noise: Tensor, times: Tensor) -> Tensor | float:
+        """Return the loss of the complete network, in the first part of the run (`complete`) of one with dynamic experts."""
+        if self.phase() >= self.recipe["run"].get("complete", 0.0):
+            return 0.0
+        with complete(self.model):
+            return self.objective.losses(self._denoiser(prompts), latents, noise, times).mean()
 
     def loss(self, latents: Tensor, prompts: dict[str, Tensor], noise: Tensor, times: Tensor) -> Tensor:
         """Return the loss of a batch, without what the model's own parts add to it."""

@@ -116,7 +116,13 @@ class EMMDiT(Backbone):
         super().__init__()
         _check(width, heads, groups, ratios, prediction_type)
         patch, hidden = (1, patch_size, patch_size), int(width * mlp_ratio)
-        mixer, modulation = parse(Mixer, mixer), parse(Modulation, modulation)
+        mixer, modulation, experts = parse(Mixer, mixer), parse(Modulation, modulation), parse(Experts, experts)
+        for slot in (mixer, experts):
+            if slot.needs_grid and len(groups) == 3:
+                raise ValueError(
+                    f"E-MMDiT: {slot.name} looks at the places of tokens, and the compressed tokens of the middle group are no "
+                    "grid; use groups of one, or another kind"
+                )
         self.x_embedder = PatchEmbed(in_channels, width, patch)
         self.context_embedder = nn.Linear(context_dim, width)
         self.time_embed = TimeEmbedding(width)
@@ -125,7 +131,7 @@ class EMMDiT(Backbone):
         self.transformer_blocks = nn.ModuleList(
             EMMDiTBlock(
                 width, heads, pre_only=i == sum(groups) - 1, hidden=hidden, qk_norm=qk_norm, mixer=mixer.at(i),
-                experts=parse(Experts, experts), modulation=modulation,
+                experts=experts, modulation=modulation,
             )
             for i in range(sum(groups))
         )  # fmt: skip

@@ -21,6 +21,11 @@ class Experts(Spec):
 
     __slots__ = ()
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it looks at the places of tokens, so that it cannot serve a sequence that is no grid."""
+        return False
+
     def build(self, width: int, hidden: int) -> nn.Module:
         """Return a module (x [B, N, D], Context | None) -> [B, N, D] with about `hidden` inner channels."""
         raise NotImplementedError

@@ -36,6 +36,10 @@ class MixFFN(Experts):
         if self.kernel % 2 == 0:
             raise ValueError(f"{self.name}: kernel must be odd, got {self.kernel}")
 
+    @property
+    def needs_grid(self) -> bool:
+        return True
+
     def build(self, width: int, hidden: int) -> nn.Module:
         return MixPerceptron(width, max(1, int(hidden * self.share)), self.kernel)
 

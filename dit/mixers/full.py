@@ -22,6 +22,11 @@ class Mixer(Spec):
 
     __slots__ = ()
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it looks at the places of tokens, so that it cannot serve a sequence that is no grid."""
+        return False
+
     def at(self, block: int) -> Mixer:
         """Return the mixer of the block with this index, counted from 0 through the whole network, for those that alternate."""
         return self

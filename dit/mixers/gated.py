@@ -68,6 +68,10 @@ class Gated(Mixer):
         cycle = CYCLES[self.scan]
         return self.replace(scan=cycle[block % len(cycle)])
 
+    @property
+    def needs_grid(self) -> bool:
+        return True
+
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
         return GatedMixer(self, width, heads, qk_norm=self.qk_norm or qk_norm, pre_only=pre_only)
 

@@ -44,6 +44,10 @@ class Linear(Mixer):
         if self.kernel and self.kernel % 2 == 0:
             raise ValueError(f"{self.name}: kernel must be odd, or 0 for none, got {self.kernel}")
 
+    @property
+    def needs_grid(self) -> bool:
+        return self.kernel > 0
+
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
         return LinearMixer(self, width, qk_norm=self.qk_norm or qk_norm, pre_only=pre_only)
 

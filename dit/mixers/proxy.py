@@ -59,6 +59,10 @@ class Proxy(Mixer):
         """Proxies of a window."""
         return self.proxy_rows * self.proxy_columns
 
+    @property
+    def needs_grid(self) -> bool:
+        return True
+
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
         return ProxyMixer(self, width, heads, qk_norm=self.qk_norm or qk_norm, pre_only=pre_only)
 

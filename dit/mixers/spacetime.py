@@ -28,6 +28,10 @@ class SpaceTime(Mixer):
     temporal: bool = knob(True, "Attend over time")
     qk_norm: bool = knob(False, "RMS-normalise queries and keys per head")
 
+    @property
+    def needs_grid(self) -> bool:
+        return True
+
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
         return SpaceTimeMixer(
             width, heads, temporal=self.temporal, qk_norm=self.qk_norm or qk_norm, pre_only=pre_only

@@ -353,3 +353,11 @@ def test_other_paths_of_compression() -> None:
     given = inputs(6, 9)
     for ratios in ([2], [4], [1, 2, 4]):
         assert velocity(tiny(ratios=ratios), given).shape == (2, 4, 6, 9)
+
+
+@pytest.mark.parametrize("slot", [{"mixer": "linear"}, {"mixer": "proxy"}, {"mixer": "gated"}, {"experts": "mix-ffn"}])
+def test_what_looks_at_places_is_refused_where_tokens_are_compressed(slot: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="looks at the places of tokens"):
+        EMMDiT(**(TINY | slot))
+    whole = EMMDiT(**(TINY | slot | {"groups": (2,)}))
+    assert len(whole.transformer_blocks) == 2

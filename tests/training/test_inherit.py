@@ -191,3 +191,18 @@ def test_an_heir_learns_faster_than_a_beginner() -> None:
     torch.manual_seed(1)
     beginner = DiT(**size, mixer="linear:kernel=3")
     assert train(heir, 25, teacher) < 0.9 * train(beginner, 25, teacher)
+
+
+@pytest.mark.parametrize("experts", ["dynamic", "switch", "dtr:share=1.0"])
+def test_experts_that_begin_as_the_dense_network_do_so_with_its_weights(experts: str) -> None:
+    """The joint map of one-stream blocks is cut in two; nothing of the teacher is lost."""
+    teacher = mmdit().eval()
+    student, report = inherit(teacher, experts=experts, load="qkvo")
+    assert report.renewed == report.dropped == ()
+    assert all("router" in name or ".tokens." in name or "ff" in name for name in report.new)
+    given = {
+        "hidden_states": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([100.0, 800.0]),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+    }  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(student.eval()(**given).sample, teacher(**given).sample, atol=1e-5, rtol=1e-4)
