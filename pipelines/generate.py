@@ -19,6 +19,7 @@ from pipelines import catalog, machine, profile
 from pipelines._retry import instead
 from pipelines.calls import arguments, default_of, finished, takes
 from pipelines.catalog import Card, Loaded
+from pipelines.networks import accelerated_networks, check_accelerators, reported
 from pipelines.request import Request, RequestError
 from pipelines.result import Picture, Result, pixel_hash
 
@@ -80,7 +81,7 @@ def generate(request: Request, *, on_step: OnStep | None = None, retry: bool = T
             request = profile.resolved(
                 tuned, request, loaded, arguments(loaded.pipeline, request, card, image)
             )
-        _check_accelerators(request, loaded.pipeline)
+        check_accelerators(request, loaded.pipeline)
         made = []
         for index in range(request.images):
             watch.picture = index
@@ -120,25 +121,11 @@ def _classes(card: Card) -> str:
     return f" from 0 to {card.classes - 1}" if card.classes else ""
 
 
-def _check_accelerators(request: Request, pipeline: Any) -> None:
-    if not request.accelerators:
-        return
-    from acceleration.base import refusal
-
-    transformer = getattr(pipeline, "transformer", None)
-    reason = f"{type(pipeline).__name__} has no transformer" if transformer is None else None
-    reason = reason or refusal(transformer, *request.accelerators)
-    if reason is not None:
-        raise RequestError(
-            "accelerators", [str(one) for one in request.accelerators], f"ones that can work here: {reason}"
-        )
-
-
 def _picture(request: Request, loaded: Loaded, image: Image | None, watch: _Watch) -> Picture:
     start = time.perf_counter()
     with _prepared(loaded.pipeline, request, image) as pipeline:
         given = arguments(pipeline, request, loaded.card, image)
-        with watch.watching(pipeline, given, start), _accelerated(pipeline, request, given) as run:
+        with watch.watching(pipeline, given, start), accelerated_networks(pipeline, request, given) as runs:
             watch.tell("encode")
             try:
                 output = pipeline(**given)
@@ -152,7 +139,6 @@ def _picture(request: Request, loaded: Loaded, image: Image | None, watch: _Watc
     asked = (request.width or made[0], request.height or made[1])
     if made != asked:
         warnings.append(f"asked for {asked[0]}x{asked[1]} px, the pipeline made {made[0]}x{made[1]} px")
-    report = run.report() if run is not None else None
     return Picture(
         tuple(frames),
         request,
@@ -163,8 +149,7 @@ def _picture(request: Request, loaded: Loaded, image: Image | None, watch: _Watc
             "effective": effective
             | {"width": frames[0].width, "height": frames[0].height, "frames": len(frames)},
             "exact": not request.accelerators,
-            "run": report.to_dict() if report is not None else {"calls": watch.calls},
-            "summary": report.summary() if report is not None else f"exact - {watch.calls} calls",
+            **reported(runs, watch.calls),
             "timings": watch.timings(start, end),
             "peak_memory_mb": machine.peak_memory(loaded.device),
             "versions": machine.versions(),
@@ -207,20 +192,6 @@ def _prepared(pipeline: Any, request: Request, image: Image | None) -> Iterator[
         yield pipeline
     finally:
         pipeline.scheduler = before
-
-
-@contextlib.contextmanager
-def _accelerated(pipeline: Any, request: Request, given: dict[str, Any]) -> Iterator[Any]:
-    """Yield the run that counts (and saves) the work of the transformer, or None where there is none to count."""
-    from acceleration.base import accelerated, refusal
-
-    transformer = getattr(pipeline, "transformer", None)
-    if transformer is None or (not request.accelerators and refusal(transformer) is not None):
-        yield None
-        return
-    steps = given.get("num_inference_steps", default_of(pipeline, "num_inference_steps"))
-    with accelerated(transformer, *request.accelerators, steps=steps) as run:  # type: ignore[arg-type]
-        yield run
 
 
 def _effective(pipeline: Any, request: Request, given: dict[str, Any], loaded: Loaded) -> dict[str, Any]:

@@ -204,6 +204,15 @@ def wan() -> Any:
     )  # fmt: skip
 
 
+def wan22() -> Any:
+    """Two transformers, one for each half of the noise levels."""
+    first, second = wan(), wan()
+    return diffusers.WanPipeline(
+        **{name: part for name, part in first.components.items() if name not in ("transformer_2", "boundary_ratio")},
+        transformer_2=second.transformer, boundary_ratio=0.8,
+    )  # fmt: skip
+
+
 def lumina2() -> Any:
     transformer = diffusers.Lumina2Transformer2DModel(
         sample_size=4, patch_size=2, in_channels=4, hidden_size=8, num_layers=2, num_attention_heads=1, num_kv_heads=1,
@@ -227,7 +236,8 @@ def dit() -> Any:
 
 
 BUILDERS: dict[str, Build] = {
-    "ours": ours, "flux": flux, "sd3": sd3, "pixart": pixart, "sana": sana, "wan": wan, "lumina2": lumina2, "dit": dit,
+    "ours": ours, "flux": flux, "sd3": sd3, "pixart": pixart, "sana": sana, "wan": wan, "wan22": wan22,
+    "lumina2": lumina2, "dit": dit,
 }  # fmt: skip
 
 

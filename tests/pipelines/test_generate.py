@@ -73,6 +73,18 @@ def test_every_family_is_accelerated_and_exact_again(name: str, folder_of: Folde
     assert neutral.report["pixels"] == exact.report["pixels"]
 
 
+def test_two_transformers_are_both_accelerated_and_reported(folder_of: Folder) -> None:
+    request = wanted("wan22", folder_of, steps=12)
+    exact = generate(request)
+    fast = generate(request.replace(accelerators=(DeltaCache(interval=2, warmup=1, mode="whole", final_full=0),)))
+    for name in ("run", "run_2"):
+        assert exact.report[name]["calls"] == fast.report[name]["calls"] > 0
+        assert exact.report[name]["reused"] == 0
+        assert fast.report[name]["reused"] > 0
+    assert fast.report["summary"].count("delta-cache") == 2
+    assert generate(request).report["pixels"] == exact.report["pixels"]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cancelling_stops_within_a_step_and_never_decodes(
     name: str, folder_of: Folder, monkeypatch: pytest.MonkeyPatch
