@@ -242,6 +242,8 @@ class Page(Layout):
                     "model", request.model, f"one of {', '.join(self.cards)}, which this page has"
                 )
         except RequestError as error:
+            if str(error.given) == str(file):  # not where it lies on the server, which a cut of a long path would still show
+                error = RequestError(error.field, Path(file).name, error.allowed)
             words = _sentence(error).replace(str(Path(file)), Path(file).name)
             return {parts["status"]: views.trouble(words), parts["file"]: None}
         card = self.cards[request.model]

@@ -629,7 +629,8 @@ def test_a_file_that_does_not_fit_is_refused_in_words(
     jobs: Jobs, page_of: Any, tmp_path: Path, content: bytes
 ) -> None:
     page, _ = page_of(jobs)
-    file = tmp_path / "some<i>.png"
+    file = tmp_path / ("deep" * 25) / "some<i>.png"  # so long that a message would cut it
+    file.parent.mkdir()
     file.write_bytes(content)
     updates = page._reuse(str(file))
     assert "trouble" in updates[page.parts["status"]]
