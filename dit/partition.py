@@ -98,13 +98,13 @@ class Interleave(Partition):
 class Window(Partition):
     """Boxes of neighbouring tokens, `window` (frames, rows, columns) of them each; the last boxes may reach beyond the grid.
 
-    `shifted` moves all boxes on by half a box. What they leave over at the start of an axis stands, in the same group, beside
-    what they leave over at its end (a cyclic shift), and the mask keeps the two apart.
+    `shifted` moves all boxes on by half a box, along every axis or the axes it says. What they leave over at the start of an
+    axis stands, in the same group, beside what they leave over at its end (a cyclic shift), and the mask keeps the two apart.
     """
 
     grid: Grid
     window: tuple[int, int, int]
-    shifted: bool = False
+    shifted: bool | tuple[bool, bool, bool] = False
 
     def __post_init__(self) -> None:
         if len(self.window) != 3 or min(self.window) < 1 or self.grid.tokens < 1:
@@ -175,7 +175,8 @@ class Window(Partition):
         return near if there is None else near & there.unsqueeze(1)
 
     def _steps(self) -> tuple[int, int, int]:
-        f, h, w = (side // 2 if self.shifted else 0 for side in self.window)
+        moved = self.shifted if isinstance(self.shifted, tuple) else (self.shifted,) * 3
+        f, h, w = (side // 2 if along else 0 for side, along in zip(self.window, moved, strict=True))
         return f, h, w
 
     def _fill(self, x: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ Paper: Scalable Diffusion Models with Transformers, Peebles and Xie 2023, arXiv:
 arXiv:2401.08740; LiT, Wang et al. 2025, arXiv:2501.12976; DiG, Zhu et al. 2024, arXiv:2405.18428; Stable Diffusion 3, Esser et
 al. 2024, arXiv:2403.03206; Qihoo-T2X (PT-DiT), Wang et al. 2024, arXiv:2409.04005; E-MMDiT, Shen et al. 2025, arXiv:2510.27135;
 VDT, Lu et al. 2023, arXiv:2305.13311; Mask^2DiT, Qi et al. 2025, arXiv:2503.19881; FLUX.1, Black Forest Labs 2024.
-Differs: the mmdit-* presets have the sizes of SD3, SD3.5 and FLUX.1, not their weights: for those use diffusers' own classes.
+LinGen, Wang et al. 2024, arXiv:2412.09856.
+Differs: the lingen-* presets have VDT's sizes, LinGen's own are not told; the mmdit-* presets have the sizes of SD3, SD3.5 and
+FLUX.1, not their weights: for those use diffusers' own classes.
 """
 
 from __future__ import annotations
@@ -52,6 +54,14 @@ def _vdt(size: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _lingen(size: str) -> dict[str, Any]:
+    depth, width, heads = _VDT_SIZES[size]
+    return {
+        "backbone": "vdt", "in_channels": 4, "sample_size": 64, "patch_size": 2, "frames": 16, "depth": depth, "width": width,
+        "heads": heads, "context_dim": 4096, "mixer": "lingen",
+    }  # fmt: skip
+
+
 def _ptdit(size: str, side: int, **changes: Any) -> dict[str, Any]:
     depth, width, heads = _PTDIT_SIZES[size]
     return {
@@ -76,6 +86,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     f"pt-dit-{size}/{side}": _ptdit(size, side) for size in _PTDIT_SIZES for side in _PTDIT_WINDOWS
 } | {
     f"vdt-{size}/2": _vdt(size) for size in _VDT_SIZES
+} | {
+    f"lingen-{size}/2": _lingen(size) for size in _VDT_SIZES
 } | {
     # as released: 1024 px, positions of a network made for 256; clips of 96 frames behind a codec that divides them by 4
     "qihoo-t2i": _ptdit("xl", 1024, sample_size=32, convention="release", mixed_times=True),

@@ -256,6 +256,11 @@ REGISTRY: dict[str, Backbone] = {
         ),
         inputs=lambda: _frames() | {"class_labels": torch.tensor([1, 5])},
     ),
+    "lingen": Backbone(  # windows that do not divide the grid, review tokens that are means of several
+        make=lambda: _vdt(depth=2, context_dim=12, mixer="lingen:frames=2,height=3,width=4,review=2,state=8"),
+        inputs=lambda: _frames() | _words(),
+        text=5,
+    ),
     "mmdit": Backbone(make=_mmdit, inputs=lambda: _latents() | _prompt(), text=5),
     "mmdit pre-only": Backbone(
         make=lambda: _mmdit(single_depth=0, qk_norm=False, position="sincos"),
