@@ -75,8 +75,9 @@ def read(path: str | Path) -> ControlFile:
 
     file = Path(path)
     with open(file, "rb") as stream:
-        start = stream.read(4)
-    if start.startswith(_PICKLES):
+        start = stream.read(9)
+    # A safetensors file begins with the length of its header, which may look like a pickle's first bytes; the header follows.
+    if start.startswith(_PICKLES) and not start.endswith(b"{"):
         raise Refused(
             f"{file.name} is a pickle, which can run code when it is read: where you trust its source, load it with "
             "torch.load(path, weights_only=True), take the state dict out of it and write that with "
@@ -111,7 +112,8 @@ def load(path: str | Path, transformer: nn.Module, *, any_base: bool = False) ->
         adapter = control.load(transformer, weights)
     except Refused as error:
         raise Refused(f"{file.name}: {error}") from error
-    adapter.coverage = Coverage(len(weights), len(file.weights))
+    if adapter.coverage is None:
+        adapter.coverage = Coverage(len(weights), len(file.weights))
     return adapter
 
 

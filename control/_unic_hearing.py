@@ -124,7 +124,7 @@ class Hearing:
         """What decides a pass beside its tensors: settings, weights, and adapters that act on the weights."""
         run, adapter = self.run, weights_of(use)
         acting = [one for one in run.uses if one.adapter.acts_on_weights]
-        others = tuple((one.adapter, run.strength(one), mark(one.adapter)) for one in acting)
+        others = tuple((one.adapter, run.strength(one), mark(one.adapter), one.adapter.variant(one)) for one in acting)
         number = None if run.moment is None else run.moment.run
         if self._probed[0] != number or number is None:
             self._probed = (number, (probe(self.transformer), *(probe(one.adapter) for one in self.uses)))

@@ -9,7 +9,7 @@ is really computed, and a block that it leaves out leaves out what was added to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -90,6 +90,10 @@ class ControlAdapter(nn.Module):
     def attached(self, transformer: nn.Module, use: Use, run: ControlRun) -> AbstractContextManager[None]:
         """Take hold of the transformer until the end of the context. Ask `run.strength(use)` in every call."""
         raise NotImplementedError(f"{type(self).__name__}.attached")
+
+    def variant(self, use: Use) -> Hashable:
+        """Return what, beside weights and strength, decides how a use that acts on weights changes them (a task)."""
+        return None
 
     @classmethod
     @contextmanager

@@ -304,7 +304,7 @@ class _Hearing:
     def _key(self, uses: list[Use]) -> tuple[Any, ...]:
         """What decides a pass beside its tensors: settings, weights, and adapters that act on the weights."""
         run, acting = self.run, [one for one in self.run.uses if one.adapter.acts_on_weights]
-        others = tuple((one.adapter, run.strength(one), mark(one.adapter)) for one in acting)
+        others = tuple((one.adapter, run.strength(one), mark(one.adapter), one.adapter.variant(one)) for one in acting)
         number = None if run.moment is None else run.moment.run
         if self._probed[0] != number or number is None:
             self._probed = (number, probe(self.transformer, *(use.adapter for use in self.uses)))

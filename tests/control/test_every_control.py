@@ -1,6 +1,7 @@
 """The contract of every way to steer, run over the registry: a method that is added is tested by being there.
 
-A method whose condition is no plain picture, or whose defaults do not fit networks of 24 channels, gets a row in `ROWS`.
+A method whose condition is no plain picture, or whose defaults do not fit networks of 24 channels, gets a row in `ROWS`; one
+that needs no condition and has no row is given none.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def _instructed(tiny: Any, seed: int) -> Any:
 
 Row = tuple[dict[str, Any], Callable[[Any, int], Any]]
 ROWS: dict[str, Row] = {
+    "diffscaler": ({"tasks": ("one", "two"), "rank": 4}, lambda tiny, seed: "two"),
     "relactrl": ({"heads": 1}, lambda tiny, seed: tiny.condition(seed=seed)),
     "unic-adapter": ({}, _instructed),
 }
@@ -51,7 +53,7 @@ def use_of(tiny: Any, method: str, seed: int = 1, **about: Any) -> Use:
     for one in adapter.parameters():
         one.data = one.data + torch.randn(one.shape, generator=generator).to(one) * 0.1
     adapter.requires_grad_(False)
-    return Use(adapter, condition(tiny, seed + 50) if adapter.needs_condition else None, **about)
+    return Use(adapter, condition(tiny, seed + 50) if adapter.needs_condition or method in ROWS else None, **about)
 
 
 @pytest.fixture(params=KINDS)
