@@ -1,5 +1,6 @@
 """Learned ways to steer; one method a file. `methods()` names them; the files register themselves when they are imported."""
 
+from control._files import load
 from control._memory import Memory
 from control.base import (
     Control,
@@ -25,6 +26,7 @@ __all__ = [
     "Use",
     "controlled",
     "frozen",
+    "load",
     "methods",
     "refusal",
 ]
