@@ -109,8 +109,6 @@ class Page(Layout):
         return self._asked(written, values, comparing=True)
 
     def _asked(self, written: str | None, values: Sequence[Any], *, comparing: bool) -> Updates:
-        import gradio as gr
-
         parts = self.parts
         try:
             given = dict(zip(self.inputs, values, strict=True))
@@ -123,12 +121,16 @@ class Page(Layout):
             parts["job"]: job.name,
             parts["remembered"]: job.name,
             parts["status"]: views.progress(job),
-            parts["generate"]: gr.Button(interactive=False),
-            parts["compare"]: gr.Button(interactive=False),
-            parts["stop"]: gr.Button(interactive=True),
             parts["written"]: str(request.seed),
             self.inputs["seed"]: str(request.seed),
-        }
+        } | self._allowed(idle=False)
+
+    def _allowed(self, *, idle: bool) -> Updates:
+        """Let a run be started while nothing runs, and be stopped while something does."""
+        import gradio as gr
+
+        can = {"generate": idle, "compare": idle, "stop": not idle}
+        return {self.parts[name]: gr.Button(interactive=on) for name, on in can.items()}
 
     async def _watch(self, name: str) -> AsyncIterator[Updates]:
         """Look at a job until it is over; closing the tab ends the looking, not the job."""
@@ -144,12 +146,8 @@ class Page(Layout):
                 yield {parts["status"]: line}
             last = line
             await asyncio.sleep(WATCHED)
-        buttons = {
-            parts["generate"]: gr.Button(interactive=True),
-            parts["compare"]: gr.Button(interactive=True),
-            parts["stop"]: gr.Button(interactive=False),
-        }
-        yield {parts["status"]: views.ended(job)} | buttons | (self._done(job) if job.state == "done" else {})
+        shown = self._done(job) if job.state == "done" else {}
+        yield {parts["status"]: views.ended(job)} | self._allowed(idle=True) | shown
 
     def _done(self, job: Job) -> Updates:
         import gradio as gr
@@ -184,18 +182,10 @@ class Page(Layout):
 
     def _again(self, name: str | None) -> Updates:
         """Take up the job that this browser asked for last, after a reload."""
-        import gradio as gr
-
         job, parts = self.jobs.get(name or ""), self.parts
         if job is None:
             return {parts["job"]: ""}
-        over = job.over
-        buttons = {
-            parts["generate"]: gr.Button(interactive=over),
-            parts["compare"]: gr.Button(interactive=over),
-            parts["stop"]: gr.Button(interactive=not over),
-        }
-        return {parts["job"]: job.name} | buttons
+        return {parts["job"]: job.name} | self._allowed(idle=job.over)
 
     def _restyle(self, prompt: str, style: str, model: str) -> str:
         return form.restyled(prompt or "", style, form.styles_of(self.cards[model]))

@@ -96,7 +96,13 @@ def position_wise(transformer: nn.Module) -> list[Block]:
         if block.path in parts.fused:
             maps = block.module.named_children()
             found += [Block(f"{block.path}.{name}", one) for name, one in maps if isinstance(one, nn.Linear)]
-    return [one for one in found if not _serves_prompt(one.path)]
+    return [one for one in found if not _serves_prompt(one.path) and not _is_empty(one.module)]
+
+
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a map has no width (a tower left out): what it returns is the same for every token, so merging changes nothing."""
+    maps = [one for one in module.modules() if isinstance(one, nn.Linear)]
+    return any(0 in (one.in_features, one.out_features) for one in maps)
 
 
 def _serves_prompt(path: str) -> bool:

@@ -17,7 +17,7 @@ from acceleration._newton import Ladder
 from acceleration._ranges import Recording, Replay
 from acceleration._reuse import Branch, Reuse, Way
 from acceleration.base import Call, Reached
-from acceleration.gates import Sight
+from acceleration.gates import Judge, Sight
 from dit.seams import Block, Blocks, around_blocks, blocks_of
 
 _QUERIES = ("to_q", "to_qkv", "to_qkv_mlp_proj", "q_proj", "qkv", "qkv_proj", "query", "wq", "q", "to_query")
@@ -215,7 +215,7 @@ class ModuleReuse(Reuse):
         return inner(*args, **kwargs)
 
     def _fresh(self) -> Branch:
-        return _ModuleBranch(super()._fresh().blocks, super()._fresh().judge)
+        return _ModuleBranch(len(self.run.blocks), Judge(self.gate))
 
     def _replay(self, branch: Branch, at: float) -> Way:
         assert isinstance(branch, _ModuleBranch)
@@ -243,4 +243,4 @@ class ModuleReuse(Reuse):
                 branch.whole.pop(place, None)
         branch.span = self.plan.span(call.moment.step + 1, self.run.clock.steps, branch.blocks)
         branch.step = call.moment.step
-        self.weigh()
+        self.run.weigh()

@@ -243,15 +243,11 @@ class Reuse:
             return
         branch.keep(parts, way.at, self.manner)
         branch.span, branch.step = way.span, step
-        self.weigh()
+        self.run.weigh()
         if branch.expected >= 2**20:
             self.run.note(
                 f"{self.plan.name} stores {branch.expected / 2**20:.1f} MiB for a guidance branch of this size (an estimate)"
             )
-
-    def weigh(self) -> None:
-        """Measure what all branches store now."""
-        self.run.weigh()
 
     def _stale(self, call: Call, branch: Branch) -> str | None:
         """Say why what was recorded may not stand in for the blocks in this call; None if it may."""
@@ -314,6 +310,15 @@ def predicted_speedup(plan: Plan, steps: int, blocks: int) -> float:
         row = row + 1 if shortened else 0
         spared += len(plan.span(step, steps, blocks)) if shortened else 0
     return steps * blocks / max(1, steps * blocks - spared)
+
+
+def untouched(plan: Plan, run: Run, letter: str) -> str | None:
+    """Return in words why no block of a run has the letter of the plan although one should, or None."""
+    if run.shortened(letter) or plan.neutral:
+        return None
+    if not run.saw_blocks:
+        return "none of its blocks was called"
+    return "; ".join(run.notes) if run.wanted.get(plan.name) or run.unknown else None
 
 
 def places(states: str, letter: str) -> str:

@@ -44,8 +44,7 @@ def sparse_attention(
     expected = (*q.shape[:2], tiles(q.shape[2], rows), tiles(k.shape[2], block))
     if tuple(kept.shape) != expected:
         raise ValueError(f"kept must be {expected} for tiles of {rows} x {block}, got {tuple(kept.shape)}")
-    if k.shape[1] != q.shape[1]:  # grouped queries
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    k, v = ungrouped(k, q), ungrouped(v, q)
     name = kernel_for(q, rows, block) if kernel == "auto" else kernel
     if name == "reference":
         return sparse_attention_reference(q, k, v, kept, rows, block, keys=keys, scale=scale)
@@ -62,6 +61,11 @@ def sparse_attention(
 
         return triton_attention(q, k, v, kept, rows, block, keys=keys, scale=scale)[0]
     raise ValueError(f"kernel must be auto or one of {', '.join(KERNELS)}, got {kernel!r}")
+
+
+def ungrouped(x: Tensor, q: Tensor) -> Tensor:
+    """Repeat the heads of keys or values that several heads of queries share -> [B, K, M, head size]."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def kernel_for(q: Tensor, rows: int, block: int) -> str:
@@ -111,8 +115,7 @@ def block_mass(
 
     With the `lse` of an earlier step, which hardly changes, the pass that finds it is left out.
     """
-    if k.shape[1] != q.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    k = ungrouped(k, q)
     if kernel_for(q, rows, block) == "triton":
         from acceleration._sparse_triton import triton_block_mass
 
@@ -161,8 +164,7 @@ def sampled_recall(
 ) -> Tensor:
     """Return the part of the softmax weight that lies in kept tiles [B, K], over evenly spread queries."""
     N, M = q.shape[2], k.shape[2]
-    if k.shape[1] != q.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    k = ungrouped(k, q)
     chosen = torch.linspace(0, N - 1, min(samples, N), device=q.device).round().long()
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q[:, :, chosen].float() * factor) @ k.float().transpose(-1, -2)

@@ -1,7 +1,7 @@
 """Block-sparse attention by gathered keys: dense products on small copies, which stay in a core's cache.
 
-Differs: no kernel of its own. Copying the kept keys costs a tenth of the products with tiles of 128 queries, so plain
-matrix products on them are as fast as a CPU gets; it works on every device.
+Differs: no kernel of its own. Copying the kept keys costs little beside the products of tall tiles, and plain matrix
+products are as fast as a CPU gets; it works on every device.
 """
 
 from __future__ import annotations

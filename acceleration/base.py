@@ -114,6 +114,14 @@ class Call:
     states: list[str] = field(default_factory=list)
     remarks: dict[str, Any] = field(default_factory=dict)
     active: bool | None = None  # whether the control decides about its blocks; None before the first of them
+    _fingerprint: Any = None
+
+    @property
+    def fingerprint(self) -> Any:
+        """What must stay equal for a stored tensor to fit, taken once: every attention of a call may ask for it."""
+        if self._fingerprint is None:
+            self._fingerprint = seams.fingerprint(self.given)
+        return self._fingerprint
 
     def compute(self, reached: Reached) -> Any:
         """Compute a block after all."""
@@ -291,10 +299,9 @@ class Run:
 
     def _state(self, call: Call, owner: object, make: Callable[[], T]) -> T:
         key = (id(owner), call.moment.branch, call.moment.evaluation)
-        fingerprint = seams.fingerprint(call.given)
         kept = self._kept.get(key)
-        if kept is None or kept[0] != fingerprint:
-            kept = self._kept[key] = (fingerprint, make())
+        if kept is None or kept[0] != call.fingerprint:
+            kept = self._kept[key] = (call.fingerprint, make())
         return kept[1]
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from acceleration._reuse import Manner, Reuse, places, predicted_speedup, prefetches
+from acceleration._reuse import Manner, Reuse, places, predicted_speedup, prefetches, untouched
 from acceleration.base import Accelerator, Run
 from acceleration.gates import Gate, gate_for
 from dit.seams import blocks_of
@@ -152,13 +152,7 @@ class DeltaCache(Accelerator):
         return f"{self.name}: {len(reused)} of {len(run.cells)} calls reused blocks {parts}"
 
     def untouched(self, run: Run) -> str | None:
-        if run.shortened("R") or self.neutral:
-            return None
-        if not run.saw_blocks:
-            return "none of its blocks was called"
-        if run.wanted.get(self.name) or run.unknown:
-            return "; ".join(run.notes)
-        return None
+        return untouched(self, run, "R")
 
     def _switch(self, steps: int) -> int | None:
         """Return the step at which the front takes over from the rear, if it does."""

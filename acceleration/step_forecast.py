@@ -84,15 +84,15 @@ class StepForecast(Accelerator):
         """Estimate the speed-up of the denoising loop: all steps over full ones."""
         return steps / max(1, sum(not self.skips(step, steps) for step in range(steps)))
 
-    def row(self, step: int) -> tuple[float, ...] | None:
-        """Return the weights of the run of forecast steps that a step lies in, older output first; None where none are given."""
+    def rows(self) -> dict[int, tuple[float, ...]]:
+        """Return for each forecast step the weights of its run of steps, older output first; nothing where none are given."""
         if self.weights is None or self.mask is None:
-            return None
-        rows = _read(self.name, self.weights)
-        return next((row for (first, last), row in zip(_gaps(self.mask), rows, strict=True) if first <= step < last), None)
+            return {}
+        found = zip(_gaps(self.mask), _read(self.name, self.weights), strict=True)
+        return {step: row for (first, last), row in found for step in range(first, last)}
 
     def effect(self, run: Run) -> str:
-        short = sum(cell.get("answered", False) and cell.get("step forecast", False) for cell in run.cells)
+        short = sum(cell.get("step forecast", False) for cell in run.cells)
         return f"{self.name}: {short} of {len(run.cells)} calls of the network were forecast"
 
     def untouched(self, run: Run) -> str | None:
@@ -125,7 +125,7 @@ class _Forecasting:
     """Answer the calls of one run."""
 
     def __init__(self, plan: StepForecast, run: Run) -> None:
-        self.plan, self.run = plan, run
+        self.plan, self.run, self._rows = plan, run, plan.rows()
         self._made_up: dict[tuple[str, int], tuple[int, int]] = {}  # by branch and evaluation, run and step of the last one
 
     def answer(self, call: Call, compute: Any) -> Any:
@@ -135,7 +135,7 @@ class _Forecasting:
         if plan.mask is not None and steps is not None and steps != len(plan.mask):
             self._object(f"its mask is of {len(plan.mask)} steps, the run has {steps}")
         elif plan.skips(step, steps):
-            row = plan.row(step)
+            row = self._rows.get(step)
             if self._corrects_made_up(call):
                 self.run.note(f"{plan.name}: corrections of forecast evaluations were computed")
             elif not known.outputs or (row is not None and len(known.outputs) < len(row)):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from acceleration._modules import ModuleReuse, parts_of
-from acceleration._reuse import Manner, Reuse, places, predicted_speedup, prefetches
+from acceleration._reuse import Manner, Reuse, places, predicted_speedup, prefetches, untouched
 from acceleration.base import Accelerator, Run
 from acceleration.gates import GATES, Gate, gate_for
 from dit.seams import blocks_of
@@ -157,13 +157,7 @@ class TaylorCache(Accelerator):
         return f"{self.name}: {len(short)} of {len(run.cells)} calls forecast blocks {parts}"
 
     def untouched(self, run: Run) -> str | None:
-        if run.shortened("F") or self.neutral:
-            return None
-        if not run.saw_blocks:
-            return "none of its blocks was called"
-        if run.wanted.get(self.name) or run.unknown:
-            return "; ".join(run.notes)
-        return None
+        return untouched(self, run, "F")
 
     @property
     def _front(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acceleration._attending import Layer, Sight, Thinning, effect, refuses, untouched
-from acceleration._sparse import sampled_recall, tiles
+from acceleration._sparse import sampled_recall, tiles, ungrouped
 from acceleration.base import Accelerator, Run
 from dit.spec import knob, spec
 
@@ -55,9 +55,7 @@ class XAttention(Accelerator):
 
     def _choose(self, sight: Sight, layer: Layer) -> Tensor | None:
         call = sight.call
-        q, k = call.q, call.k
-        if k.shape[1] != q.shape[1]:
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        q, k = call.q, ungrouped(call.k, call.q)
         mass = antidiagonal_mass(q, k, self.rows, self.block, self.stride, keys=sight.keys, scale=call.scale)
         kept = heaviest(mass, self.threshold, *sight.forced(self.rows, self.block))
         layer.density, layer.dense = float(kept.float().mean()), None

@@ -8,14 +8,16 @@ straight line. Nothing is read off beyond the last point: then the level is not 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+from pipelines.pareto import front
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Point:
     """One setting: how much faster, and the mean PSNR in dB."""
 
-    speed: float
+    speedup: float
     psnr: float
     words: str = ""
 
@@ -29,15 +31,6 @@ class Reading:
     beyond: str = ""
 
 
-def front(points: Iterable[Point]) -> list[Point]:
-    """Return the points that no other one beats, slowest first: speed rises, PSNR falls."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda one: (-one.speed, -one.psnr)):
-        if not kept or point.psnr > kept[-1].psnr:
-            kept.append(point)
-    return kept[::-1]
-
-
 def at_level(points: Sequence[Point], level: float) -> Reading:
     """Return the speed-up of a method at a mean PSNR of `level` dB, by the rule above."""
     known = front(points)
@@ -48,14 +41,14 @@ def at_level(points: Sequence[Point], level: float) -> Reading:
     if known[-1].psnr > level:
         last = known[-1]
         return Reading(
-            None, beyond=f"not reached: still {last.psnr:.1f} dB at {last.speed:.2f}x, its fastest setting"
+            None, beyond=f"not reached: still {last.psnr:.1f} dB at {last.speedup:.2f}x, its fastest setting"
         )
     for slow, fast in zip(known, known[1:] or known, strict=False):
         if slow.psnr >= level >= fast.psnr:
             if slow.psnr == fast.psnr:
-                return Reading(slow.speed, (slow.words,))
+                return Reading(slow.speedup, (slow.words,))
             share = (slow.psnr - level) / (slow.psnr - fast.psnr)
-            return Reading(slow.speed + share * (fast.speed - slow.speed), (slow.words, fast.words))
+            return Reading(slow.speedup + share * (fast.speedup - slow.speedup), (slow.words, fast.words))
     raise AssertionError("the front has no gap")
 
 

@@ -6,8 +6,9 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from benchmarks._peers_front import Point, front
+from benchmarks._peers_front import Point
 from benchmarks._peers_methods import own
+from pipelines.pareto import front
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 470, 380, 56, 44, 70
 LOW, HIGH = 18.0, 50.0
@@ -55,11 +56,11 @@ def _field(
     levels: Sequence[float],
     words: str,
 ) -> list[str]:
-    fastest = max((one.speed for points in field.values() for one in points if one.psnr >= LOW), default=2.0)
+    fastest = max((one.speedup for points in field.values() for one in points if one.psnr >= LOW), default=2.0)
     last = max(2, math.ceil(fastest))
 
     def at(one: Point) -> tuple[float, float]:
-        across = math.log(max(one.speed, 1.0)) / math.log(last)
+        across = math.log(max(one.speedup, 1.0)) / math.log(last)
         return left + WIDTH * across, TOP + HEIGHT * (HIGH - min(one.psnr, HIGH)) / (HIGH - LOW)
 
     parts = [

@@ -1,7 +1,7 @@
 """What `benchmarks.peers` measures: prompts, seeds, and for every method a sweep over the settings that matter to it.
 
-Where a method's author names settings, they are in the sweep; the rest spans from nearly exact to clearly broken, so that
-every level of quality lies between two measured points.
+Where a method's author names settings, they are in the sweep; the rest spans from nearly exact to clearly broken. What the first
+pictures show to be of no use (`benchmarks.peers`, `--screen`) is not measured on all of them, and has no row in the results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEVELS = (25.0, 30.0, 35.0, 40.0)
 
 
 def settings(steps: int, extra: tuple[str, ...] = ()) -> list[Setting]:
-    """Return every setting for a step count, the exact run not among them; `extra` are further ones of ours, as text."""
+    """Return every setting that is tried at a step count, the exact run not among them; `extra` are further ones of ours, as text."""
     found = [*_fewer(steps), *_diffusers(steps), *_cache_dit(steps), *_ours(steps)]
     found += [Setting.of(f"{OURS} {text.partition(':')[0]}", steps, set=text) for text in extra]
     return list({one.key: one for one in found}.values())

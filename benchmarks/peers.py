@@ -1,8 +1,10 @@
 """Every caching method side by side on the shipped model, and simply fewer steps: `python -m benchmarks.peers`.
 
 `--quality` makes the pictures (any machine, any load; goes on where it was stopped), `--times` takes the times (quiet machine);
-neither does both. Each call ends by writing benchmarks/results/peers.json and peers.svg from all that was measured so far, and
-prints the speed-ups at a mean PSNR of 25, 30, 35 and 40 dB; `--table` only does that.
+neither does both. Settings that the first pictures show to lie outside the levels, or far under another one of their method, go no
+further. Each call ends by writing benchmarks/results/peers.json and peers.svg from all that was measured so far on this machine
+with this code, and prints the speed-ups at a mean PSNR of 25, 30, 35 and 40 dB; `--table` only does that. Where nothing was
+measured so far, nothing is written, and the exit code is 1.
 
 All methods meet the same checkpoint in the same process, one picture a call, guidance batched. PSNR is the mean over pictures
 in float64 against the exact picture of the same step count; the rule for levels stands in `benchmarks._peers_front`.
@@ -52,6 +54,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.times or both:
         _times(bench, [one for one in here if _seen(bench, one, pictures)], given)
     value = report(bench, wanted, pictures, failed)
+    if not value["rows"]:
+        print("nothing was measured so far with this code: run without --table", file=sys.stderr)
+        return 1
     value["words"] = " ".join(["python -m benchmarks.peers", *(words if words is not None else sys.argv[1:])])
     file = RESULTS / f"{given.name}.json"
     write_json(file, value)

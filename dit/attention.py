@@ -212,7 +212,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         return nn.functional.linear(x, *cut(layer, self._channels(keep), 1))
 
 
-def _skipped(
+def skipped(
     attn: Attention, hidden_states: Tensor, *_: Any, encoder_hidden_states: Tensor | None = None, **__: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What an attention returns where diffusers' layer skip leaves it out: its inputs."""
@@ -222,4 +222,4 @@ def _skipped(
 
 
 # Not by `register`, which first imports many transformers; diffusers does that when it looks something up.
-AttentionProcessorRegistry._registry[JointProcessor] = AttentionProcessorMetadata(skip_processor_output_fn=_skipped)
+AttentionProcessorRegistry._registry[JointProcessor] = AttentionProcessorMetadata(skip_processor_output_fn=skipped)

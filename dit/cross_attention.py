@@ -69,6 +69,14 @@ class CrossAttention(Attention):
         return linear + macs_of(self.to_k, text) + macs_of(self.to_v, text) + 2 * rows * text * self.inner_dim
 
 
+def text_mask(given: Tensor | None) -> Tensor | None:
+    """Turn a mask of text tokens [B, L] into one of keys [B, 1, 1, L]; a prompt without any real token is heard whole."""
+    if given is None:
+        return None
+    mask = given.bool()
+    return (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]
+
+
 def _skipped(_: Any, hidden_states: Tensor, *__: Any, **___: Any) -> Tensor:
     return hidden_states
 

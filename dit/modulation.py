@@ -43,12 +43,12 @@ class AdaLNZero(Modulation):
 
 
 class ZeroModulation(nn.Module):
-    """The network of `AdaLNZero`."""
+    """The network of `AdaLNZero`; `inputs` where the conditioning has other channels than the tokens."""
 
-    def __init__(self, width: int, vectors: int, *, bias: bool = True) -> None:
+    def __init__(self, width: int, vectors: int, *, bias: bool = True, inputs: int | None = None) -> None:
         super().__init__()
         self.vectors = vectors
-        self.linear = nn.Linear(width, vectors * width, bias=bias)
+        self.linear = nn.Linear(inputs or width, vectors * width, bias=bias)
         nn.init.zeros_(self.linear.weight)
         if bias:
             nn.init.zeros_(self.linear.bias)

@@ -6,8 +6,7 @@ compact one (what is not chosen is not computed), which is the one that is timed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -28,7 +27,6 @@ class RouteDecision:
         groups: [B, G], 1 where a group of hidden channels of the perceptron is computed; None for all.
         compact: leave out what is not active; otherwise multiply it by its gate.
         share: share of the block's multiply-accumulates that this decision leaves, 0-1, differentiable; None where unknown.
-        losses: named auxiliary losses of this decision.
     """
 
     scope: Scope
@@ -38,4 +36,3 @@ class RouteDecision:
     groups: Tensor | None = None
     compact: bool = False
     share: Tensor | None = None
-    losses: Mapping[str, Tensor] = field(default_factory=dict)

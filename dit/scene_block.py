@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dit.experts.dense import Experts
 from dit.mixers.full import Mixer
 from dit.model import Context, register_block
-from dit.modulation import modulate
+from dit.modulation import ZeroModulation, modulate
 from dit.segments import spread
 
 
@@ -42,22 +42,6 @@ class ScaledNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class TimeModulation(nn.Module):
-    """SiLU and one linear map from the time, which has fewer channels than the tokens, to all vectors of a norm."""
-
-    def __init__(self, time_dim: int, width: int, vectors: int) -> None:
-        super().__init__()
-        self.vectors = vectors
-        self.linear = nn.Linear(time_dim, vectors * width)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
-        """Time [B, T] or, one a scene, [B, S, T] -> tuple of [B, 1, D] or [B, S, D]."""
-        vectors = self.linear(F.silu(temb))
-        return (vectors.unsqueeze(1) if temb.dim() == 2 else vectors).chunk(self.vectors, dim=-1)
-
-
 class SceneBlock(nn.Module):
     """Text and video as one sequence through one attention and one perceptron, shifted, scaled and gated apart."""
 
@@ -77,8 +61,8 @@ class SceneBlock(nn.Module):
         super().__init__()
         self.norm1 = ScaledNorm(width, norm_eps, norm_affine)
         self.norm2 = ScaledNorm(width, norm_eps, norm_affine)
-        self.modulation1 = TimeModulation(time_dim, width, 6)
-        self.modulation2 = TimeModulation(time_dim, width, 6)
+        self.modulation1 = ZeroModulation(width, 6, inputs=time_dim)
+        self.modulation2 = ZeroModulation(width, 6, inputs=time_dim)
         attn: Any = mixer.build(width, heads)
         attn.norm_q, attn.norm_k = HeadLayerNorm(width // heads), HeadLayerNorm(width // heads)
         if not bias:

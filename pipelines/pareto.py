@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pipelines.trials import Methods
+
+
+class Placed(Protocol):
+    """What can stand on a front: how many times as fast, and how like the exact picture (PSNR in dB)."""
+
+    @property
+    def speedup(self) -> float: ...
+
+    @property
+    def psnr(self) -> float: ...
+
+
+One = TypeVar("One", bound=Placed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +46,9 @@ class Point:
         }  # fmt: skip
 
 
-def front(points: Iterable[Point]) -> list[Point]:
+def front(points: Iterable[One]) -> list[One]:
     """Return the points that no other beats in both speed-up and PSNR, slowest first."""
-    found: list[Point] = []
+    found: list[One] = []
     for one in sorted(points, key=lambda one: (-one.speedup, -one.psnr)):
         if not found or one.psnr > found[-1].psnr:
             found.append(one)

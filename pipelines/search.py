@@ -85,7 +85,6 @@ class Search:
 
     Args:
         seconds: the search time, from now on.
-        fits: whether a point fulfils the wish.
         psnr, speedup: the wish; one of them is None.
         recorded: pictures beside `scenes` whose exact runs a forecast of whole steps is fitted to.
     """

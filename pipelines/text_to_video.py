@@ -231,8 +231,8 @@ class TextToVideoPipeline(TextToImagePipeline):
         for name, inputs in branches.items():
             inputs |= both
             if guide and name == "uncond":
-                inputs |= {key: torch.ones_like(both[key]) for key in ("mask",) if key in both}
-                inputs |= {key: torch.zeros_like(both[key]) for key in ("condition_mask",) if key in both}
+                nothing = {"mask": torch.ones_like, "condition_mask": torch.zeros_like}
+                inputs |= {key: like(both[key]) for key, like in nothing.items() if key in both}
         return kept
 
     def _shown(

@@ -195,10 +195,6 @@ class Bench:
             self.log.add(key, trial)
         return trial
 
-    def mean(self, methods: Methods, scenes: Sequence[Scene]) -> Trial:
-        """Return the mean of the trials on several scenes; the first failure is a failure of all."""
-        return mean([self.trial(methods, one) for one in scenes])
-
     @property
     def second(self) -> float:
         """Median time of an exact denoising loop in s."""

@@ -246,7 +246,7 @@ class Distiller(Trainer):
         with features(self.model) as ours:
             task = self.objective.losses(student, latents, noise, times).mean()
         with torch.no_grad(), features(self.teacher) as theirs:
-            wanted = self.teacher(seen["noisy"], times * 1000, **prompts, return_dict=False)[0]
+            wanted = self._denoiser(prompts, self.teacher)(seen["noisy"], times)
         output = self._against(seen["out"], wanted, channels, times, noise=1.0, variance=0.0)
         total = weights.task * task
         total = total + self._against(
@@ -338,7 +338,7 @@ class Distiller(Trainer):
             times = self.objective.times(len(latents), dice).to(self.device)
 
             def denoise(noisy: Tensor, level: Tensor) -> Tensor:
-                out: Tensor = dense(noisy, level * 1000, **prompts, return_dict=False)[0]
+                out: Tensor = self._denoiser(prompts, dense)(noisy, level)
                 return out[:, : latents.shape[1]]
 
             return self.objective.losses(denoise, latents, noise, times).mean()

@@ -2,8 +2,8 @@
 
 Paper: LiT: Delving into a Simple Linear Diffusion Transformer for Image Generation, Wang et al. 2025, arXiv:2501.12976 (all
 weights but those of the attention).
-Differs: queries, keys, values and output map can be taken over too (`load="qkvo"`): where the student trains for a short time
-only, they help, while the paper found them slightly harmful after 400k steps. In blocks of one stream the output map is the
+Differs: queries, keys, values and output map can be taken over too (`load="qkvo"`), meant for students that train for a short
+time only: the paper found them slightly harmful after 400k steps. In blocks of one stream the output map is the
 attention's share of the joint map.
 """
 

@@ -275,12 +275,13 @@ class Trainer:
         self.restore(load_file(file), counts)
         print(f"resumed after {self.seen} samples", file=sys.stderr)
 
-    def _denoiser(self, prompts: dict[str, Tensor]) -> Any:
-        if not self.model.config.get("pooled_dim"):  # a network without a pooled path, such as PT-DiT
+    def _denoiser(self, prompts: dict[str, Tensor], model: Any = None) -> Any:
+        model = self.model if model is None else model
+        if not model.config.get("pooled_dim"):  # a network without a pooled path, such as PT-DiT
             prompts = {name: value for name, value in prompts.items() if name != "pooled_projections"}
 
         def denoise(noisy: Tensor, times: Tensor) -> Tensor:
-            return self.model(noisy, times * 1000, **prompts, return_dict=False)[0]
+            return model(noisy, times * 1000, **prompts, return_dict=False)[0]
 
         return denoise
 

@@ -28,9 +28,9 @@ from dit.ledger import Part, part
 from dit.mixers.full import Full, Mixer
 from dit.mixers.scenes import Scenes
 from dit.model import Backbone, Context, register_specs
-from dit.modulation import modulate
+from dit.modulation import ZeroModulation, modulate
 from dit.positions import rotary_fitted, sincos_3d, still, stretched
-from dit.scene_block import ScaledNorm, SceneBlock, TimeModulation
+from dit.scene_block import ScaledNorm, SceneBlock
 from dit.segments import Segments, spread
 from dit.spec import parse
 
@@ -90,7 +90,7 @@ class Mask2DiT(Backbone):
         experts: Experts | dict[str, Any] | str = "dense",
     ) -> None:
         super().__init__()
-        mixer = _mixer(parse(Mixer, mixer), caption_length)
+        mixer, experts = _mixer(parse(Mixer, mixer), caption_length), parse(Experts, experts)
         sides = (frames, sample_height, sample_width)
         _check(width, heads, depth, caption_length, scenes, position, (patch_frames, patch_size), sides)
         self.out_channels = out_channels or in_channels
@@ -112,13 +112,13 @@ class Mask2DiT(Backbone):
                 norm_affine=norm_affine,
                 norm_eps=norm_eps,
                 mixer=mixer.at(i),
-                experts=parse(Experts, experts),
+                experts=experts,
             )
             for i in range(depth)
         )
         self.norm_final = ScaledNorm(width, norm_eps, norm_affine)
         self.norm_out = ScaledNorm(width, norm_eps, norm_affine)
-        self.modulation_out = TimeModulation(time_dim, width, 2)
+        self.modulation_out = ZeroModulation(width, 2, inputs=time_dim)
         self.proj_out = PatchOut(width, self.out_channels, patch)
 
     @apply_lora_scale("joint_attention_kwargs")

@@ -18,8 +18,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from dit.cross_attention import CrossAttention
-from dit.embeddings import TimeEmbedding, sincos_1d
+from dit.cross_attention import CrossAttention, text_mask
+from dit.embeddings import TimeEmbedding
 from dit.experts.dense import Experts
 from dit.grid import Grid
 from dit.layers import PatchEmbed, PatchOut, PlainNorm
@@ -29,6 +29,7 @@ from dit.mixers.proxy import Proxy, ProxyTokens, WindowAttention, window_mask, z
 from dit.model import Backbone, Context, register_block, register_specs
 from dit.modulation import SHARED, AdaLNSingle, modulate
 from dit.partition import Window
+from dit.positions import sincos_3d
 from dit.spec import parse
 
 CONVENTIONS = ("flow", "release")
@@ -107,8 +108,9 @@ class ProxyBlock(nn.Module):
         inner = modulate(self.norm1(x), shift, scale)
         x = x + gate * self.attn(inner, windows.plain, windows.plain_mask, **kwargs)
         if self.shift:
-            gate = self.modulation_shift(temb)[2]  # after the windows were put back
-            shift, scale, _ = self.modulation_shift(temb_shifted)
+            shift, scale, gate = self.modulation_shift(temb)
+            if temb_shifted is not temb:  # the gate acts after the windows were put back
+                shift, scale, _ = self.modulation_shift(temb_shifted)
             inner = modulate(self.norm_shift(x), shift, scale)
             x = x + self.shift_out(
                 gate * self.shift_attn(inner, windows.shifted, windows.shifted_mask, **kwargs)
@@ -265,7 +267,7 @@ class PTDiT(Backbone):
             time=time,
             timestep=timestep,
             text=text,
-            mask=_text_mask(encoder_attention_mask),
+            mask=text_mask(encoder_attention_mask),
             attention_kwargs=joint_attention_kwargs or {},
         )
         for block in self.transformer_blocks:
@@ -285,14 +287,8 @@ class PTDiT(Backbone):
 
     def positions(self, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
         """Return the frozen table [N, D]: a quarter of the channels holds the frame, the others column and row."""
-        where, width = grid.positions(device), int(self.config.width)
-        step, plane = float(self.config.position_scale), 3 * width // 8
-        axes = [
-            sincos_1d(width // 4, where[:, 0]),
-            sincos_1d(plane, where[:, 2] / step),
-            sincos_1d(plane, where[:, 1] / step),
-        ]
-        return torch.cat(axes, dim=1).float()
+        scale = float(self.config.position_scale)
+        return sincos_3d(self.config.width, grid, spatial_scale=scale, device=device)
 
     def embed_time(
         self,
@@ -347,14 +343,6 @@ def mixed(emb: Tensor, window: Window) -> Tensor:
     batch = len(emb)
     owner = torch.arange(batch * window.groups, device=emb.device) % batch
     return emb[window.join(owner.unsqueeze(1).expand(-1, window.length))]
-
-
-def _text_mask(given: Tensor | None) -> Tensor | None:
-    """[B, L] -> [B, 1, 1, L]; a prompt without any real token is heard whole, as in the release."""
-    if given is None:
-        return None
-    mask = given.bool()
-    return (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]
 
 
 def _check(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dit.backbones._vdt import Given, VDTBlock, each, token_times
 from dit.clip_masks import batch_mask, blend, given_tokens
+from dit.cross_attention import text_mask
 from dit.embeddings import LabelEmbedding, PooledProjection, TimeEmbedding, sincos_1d, sincos_2d
 from dit.experts.dense import Dense, Experts
 from dit.grid import Grid
@@ -251,9 +252,7 @@ class VDT(Backbone):
         """Return text tokens [B, L, D] and which are heard, [B, 1, 1, L]; a prompt without any real token is heard whole."""
         if text is None or self.context_embedder is None:
             return None, None
-        if there is not None:
-            there = (there.bool() | ~there.bool().any(dim=1, keepdim=True))[:, None, None]
-        return self.context_embedder(text.to(self.dtype)), there
+        return self.context_embedder(text.to(self.dtype)), text_mask(there)
 
     def _conditioning(
         self, times: Tensor, tokens: Tensor | None, grid: Grid, labels: Tensor | None, pooled: Tensor | None

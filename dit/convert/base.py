@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ Tensors = dict[str, Tensor]
 
 _SYSTEMS: dict[str, type[System]] = {}
 _HOMES = ["dit.convert"]  # packages whose modules are converters
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 
 
 class LayoutError(ValueError):
@@ -136,6 +138,38 @@ def official_args(owner: str, given: Mapping[str, Any], defaults: Mapping[str, A
             f"{owner}: the official constructor has no argument {unknown[0]!r}; it has {', '.join(defaults)}"
         )
     return dict(defaults) | dict(given)
+
+
+def about(model: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model's config, and what its converter kept of the official settings that our config has no place for."""
+    return model.config, getattr(model, "official_settings", {})
+
+
+def renamed(owner: str, key: str, outside: Mapping[str, str], inside: Mapping[str, str]) -> str:
+    """Replace the longest known beginning of a weight's name: of `inside` in a block of `transformer_blocks`, else of `outside`.
+
+    Raises: LayoutError where there is none.
+    """
+    block = _BLOCK.fullmatch(key)
+    start, name, places = "", key, outside
+    if block is not None:
+        start, name, places = f"transformer_blocks.{block[1]}.", block[2], inside
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        known = places.get(".".join(parts[:count]))
+        if known is not None:
+            return start + ".".join([known, *parts[count:]])
+    raise LayoutError(f"{owner}: unknown weight {key!r}")
+
+
+def laid_flat(convolution: Tensor) -> Tensor:
+    """Return the weights of our linear map of patches, [D, p p C], for a convolution [D, C, p, p] that cuts them."""
+    return convolution.permute(0, 2, 3, 1).flatten(1).contiguous()
+
+
+def folded(linear: Tensor, patch: int, channels: int) -> Tensor:
+    """Return the convolution [D, C, p, p] of a linear map of patches [D, p p C]: the inverse of `laid_flat`."""
+    return linear.unflatten(1, (patch, patch, channels)).permute(0, 3, 1, 2).contiguous()
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor], owner: str) -> None:

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from dit.backbones.dig import DiG
 from dit.convert.base import Case, LayoutError, Tensors, official_args, system
-from dit.convert.dit import DiTSystem
+from dit.convert.dit import DEFAULTS, DiTSystem
 from dit.grid import Grid
 from dit.mixers.gated import Gated, scan_index
 
-_DEFAULTS: dict[str, Any] = {
-    "input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16,
-    "class_dropout_prob": 0.1, "num_classes": 1000, "learn_sigma": True, "expand_k": 0.5, "expand_v": 1,
-    "hidden_act": "swish", "bid_mode": "layer", "if_dw_conv": False, "if_quad_dir": False, "conv_kernel_size": 3,
-    "if_in_block_conv": False, "if_rms_norm": False, "if_skip": False, "if_fuse_norm": True,
+_DEFAULTS: dict[str, Any] = {name: one for name, one in DEFAULTS.items() if name != "mlp_ratio"} | {
+    "expand_k": 0.5, "expand_v": 1, "hidden_act": "swish", "bid_mode": "layer", "if_dw_conv": False, "if_quad_dir": False,
+    "conv_kernel_size": 3, "if_in_block_conv": False, "if_rms_norm": False, "if_skip": False, "if_fuse_norm": True,
 }  # fmt: skip
 _WITHOUT_EFFECT = (
     "mlp_ratio", "enable_flashattn", "enable_layernorm_kernel", "enable_modulate_kernel", "sequence_parallel_size",
@@ -84,15 +82,7 @@ class DiGSystem(DiTSystem):
         if given["if_dw_conv"]:
             convolution = "inside" if given["if_in_block_conv"] else "after"
         model = DiG(
-            in_channels=given["in_channels"],
-            patch_size=given["patch_size"],
-            sample_size=given["input_size"],
-            width=given["hidden_size"],
-            depth=given["depth"],
-            heads=given["num_heads"],
-            num_classes=given["num_classes"],
-            null_class=given["class_dropout_prob"] > 0,
-            learn_sigma=bool(given["learn_sigma"]),
+            **self.our_args({name: given[name] for name in DEFAULTS if name in given}),
             mixer=Gated(scan=scan, expand_k=float(given["expand_k"]), expand_v=float(given["expand_v"])),
             convolution=convolution,
             kernel=given["conv_kernel_size"],

@@ -15,11 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from dit.backbones.dit import DiT, guide
-from dit.convert.base import LayoutError, System, Tensors, check_table, official_args, system
+from dit.convert.base import (
+    LayoutError,
+    System,
+    Tensors,
+    check_table,
+    folded,
+    laid_flat,
+    official_args,
+    system,
+)
 from dit.embeddings import sincos_2d
 from dit.grid import Grid
 
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "input_size": 32,
     "patch_size": 2,
     "in_channels": 4,
@@ -70,20 +79,24 @@ class DiTSystem(System):
 
     def build(self, args: Mapping[str, Any], settings: Mapping[str, Any]) -> DiT:
         """Return our DiT for the arguments of `models.DiT` or `models.SiT`."""
-        given = official_args(self.name, args, _DEFAULTS)
-        return DiT(
-            in_channels=given["in_channels"],
-            patch_size=given["patch_size"],
-            sample_size=given["input_size"],
-            width=given["hidden_size"],
-            depth=given["depth"],
-            heads=given["num_heads"],
-            mlp_ratio=given["mlp_ratio"],
-            num_classes=given["num_classes"],
-            null_class=given["class_dropout_prob"] > 0,
-            learn_sigma=bool(given["learn_sigma"]),
-            convention="sit" if self.name == "SiT" else "ddpm",
-        )
+        return DiT(**self.our_args(args))
+
+    def our_args(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of our DiT for the official ones; others than DiT's are refused. Raises: LayoutError."""
+        given = official_args(self.name, args, DEFAULTS)
+        return {
+            "in_channels": given["in_channels"],
+            "patch_size": given["patch_size"],
+            "sample_size": given["input_size"],
+            "width": given["hidden_size"],
+            "depth": given["depth"],
+            "heads": given["num_heads"],
+            "mlp_ratio": given["mlp_ratio"],
+            "num_classes": given["num_classes"],
+            "null_class": given["class_dropout_prob"] > 0,
+            "learn_sigma": bool(given["learn_sigma"]),
+            "convention": "sit" if self.name == "SiT" else "ddpm",
+        }
 
     def to_ours(self, state: Mapping[str, Tensor], model: nn.Module) -> Tensors:
         """Rename, cut qkv in three, lay the patch convolution flat, check the position table."""
@@ -99,7 +112,7 @@ class DiTSystem(System):
                 for name, piece in zip("qkv", tensor.chunk(3), strict=True):
                     ours[f"transformer_blocks.{qkv[1]}.attn.to_{name}.{qkv[2]}"] = piece.clone()
             elif key == "x_embedder.proj.weight":
-                ours[key] = tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], -1).contiguous()
+                ours[key] = laid_flat(tensor)
             else:
                 place = self.place(path)
                 if place is None or leaf not in ("weight", "bias"):
@@ -123,9 +136,7 @@ class DiTSystem(System):
             path, _, leaf = key.rpartition(".")
             block = re.fullmatch(r"transformer_blocks\.(\d+)(.*)", path)
             if key == "x_embedder.proj.weight":
-                patch = config.patch_size
-                flat = tensor.reshape(-1, patch, patch, config.in_channels)
-                official[key] = flat.permute(0, 3, 1, 2).contiguous()
+                official[key] = folded(tensor, config.patch_size, config.in_channels)
             elif block is None:
                 official[f"{names[path]}.{leaf}"] = tensor
             elif block[2] in (".attn.to_q", ".attn.to_k", ".attn.to_v"):
@@ -145,11 +156,7 @@ class DiTSystem(System):
         x, t, y = inputs["x"], inputs["t"], inputs["y"]
         if "cfg_scale" not in inputs:
             return {"model": self._official_forward(model, x, t, y)}
-        half = x[: len(x) // 2]
-        cond, uncond = self._official_forward(model, torch.cat([half, half]), t, y).chunk(2)
-        towards = guide(cond, uncond, inputs["cfg_scale"], _GUIDED_CHANNELS)
-        rest = uncond[:, _GUIDED_CHANNELS:]
-        return {"model": torch.cat([towards, torch.cat([towards[:, :_GUIDED_CHANNELS], rest], dim=1)])}
+        return {"model": self._guided(model, x, t, y, inputs["cfg_scale"], _GUIDED_CHANNELS)}
 
     def place(self, path: str) -> str | None:
         block = _BLOCK.fullmatch(path)
@@ -157,6 +164,16 @@ class DiTSystem(System):
             return _PLACES.get(path)
         inner = _BLOCK_PLACES.get(block[2])
         return None if inner is None else f"transformer_blocks.{block[1]}{inner}"
+
+    def _guided(
+        self, model: nn.Module, x: Tensor, t: Tensor, y: Tensor, scale: Tensor, channels: int
+    ) -> Tensor:
+        """`forward_with_cfg`: the first half of `x` with both halves of the labels, the first `channels` guided."""
+        half = x[: len(x) // 2]
+        cond, uncond = self._official_forward(model, torch.cat([half, half]), t, y).chunk(2)
+        towards = guide(cond, uncond, scale, channels)
+        rest = uncond[:, channels:]
+        return torch.cat([towards, torch.cat([towards[:, :channels], rest], dim=1)])
 
     def _official_forward(self, model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """A SiT's own time runs the other way and its velocity is picture - noise."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.backbones.dit import DiT
-from dit.convert.base import Case, LayoutError, Tensors, system
+from dit.convert.base import Case, LayoutError, Tensors, about, system
 from dit.convert.dit import DiTSystem
 from dit.experts.dynamic import StraightThrough, WidthRouter, complete, spent_share
 from dit.seams import patched
@@ -40,15 +40,13 @@ class DyDiTSystem(DiTSystem):
 
     def build(self, args: Mapping[str, Any], settings: Mapping[str, Any]) -> DiT:
         """Return our DiT with dynamic experts; `settings` may hold tau, flops_model, token_target_ratio, token_loss_ratio."""
-        plain = super().build(args, settings)
         experts = {
             "name": "dynamic",
             "target": settings.get("token_target_ratio", 0.5),
             "temperature": settings.get("tau", 5),
             "weight": settings.get("token_loss_ratio", 2.0),
         }
-        config = {key: value for key, value in plain.config.items() if not key.startswith("_")}
-        made = DiT(**(config | {"experts": experts}))
+        made = DiT(**self.our_args(args), experts=experts)
         made.official_settings = {"class_dropout_prob": args.get("class_dropout_prob", 0.1)} | dict(settings)
         return made
 
@@ -101,7 +99,7 @@ class DyDiTSystem(DiTSystem):
             with _watched(model) as seen:
                 made = super().run(model, plain)
             return made | seen()
-        config, settings = _about(model)
+        config, settings = about(model)
         if config.null_class:
             dropped = inputs["rand_label"] < settings.get("class_dropout_prob", 0.1)
             plain["y"] = torch.where(dropped, config.num_classes, plain["y"])
@@ -132,10 +130,6 @@ class DyDiTSystem(DiTSystem):
             for handle in handles:
                 handle.remove()
         return outputs, {name: value for name, value in (mids | seen).items() if name in case.mids}
-
-
-def _about(model: Any) -> tuple[Any, dict[str, Any]]:
-    return model.config, getattr(model, "official_settings", {})
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.backbones.mask2dit import Mask2DiT
-from dit.convert.base import Case, LayoutError, System, Tensors, official_args, system
+from dit.convert.base import Case, LayoutError, System, Tensors, about, official_args, renamed, system
 from dit.grid import Grid
 from dit.mixers.full import FullMixer
 from dit.mixers.scenes import ScenesMixer
@@ -123,7 +123,7 @@ class Mask2DiTSystem(System):
 
     def to_ours(self, state: Mapping[str, Tensor], model: nn.Module) -> Tensors:
         """Rename; order the values of a patch (frame, row, column, channel) on both sides."""
-        config, given = _about(model)
+        config, given = about(model)
         ours: Tensors = {}
         for key, tensor in state.items():
             if key == _TABLE and config.position == "stored":
@@ -134,21 +134,20 @@ class Mask2DiTSystem(System):
             elif key in ("proj_out.weight", "proj_out.bias"):
                 ours[f"proj_out.proj{key.removeprefix('proj_out')}"] = _patches_out(tensor, config)
             elif key == _TIME:
-                ours[_our_name(self.name, key)] = _waves(tensor, given)
+                ours[renamed(self.name, key, _PLACES, _BLOCK_PLACES)] = _waves(tensor, given)
             else:
-                ours[_our_name(self.name, key)] = tensor
+                ours[renamed(self.name, key, _PLACES, _BLOCK_PLACES)] = tensor
         if _unbiased(given) and "x_embedder.proj.weight" in ours and _PATCH_BIAS not in state:
             ours["x_embedder.proj.bias"] = ours["x_embedder.proj.weight"].new_zeros(config.width)
         return ours
 
     def to_official(self, model: nn.Module) -> Tensors:
         """Undo `to_ours`."""
-        config, given = _about(model)
+        config, given = about(model)
         outside = {place: path for path, place in _PLACES.items()}
         inside = {place: path for path, place in _BLOCK_PLACES.items()}
         official: Tensors = {}
         for key, tensor in model.state_dict().items():
-            block = _BLOCK.fullmatch(key)
             if key == "pos_embed":
                 official[_TABLE] = tensor.unsqueeze(0)
             elif key == "x_embedder.proj.weight":
@@ -158,10 +157,8 @@ class Mask2DiTSystem(System):
                 official["patch_embed.proj.weight"] = flat if laid else flat.unflatten(1, plane)
             elif key.startswith("proj_out.proj."):
                 official[f"proj_out.{key.rpartition('.')[2]}"] = _patches_out(tensor, config, back=True)
-            elif block is not None:
-                official[f"transformer_blocks.{block[1]}.{_renamed(block[2], inside)}"] = tensor
             else:
-                official[_renamed(key, outside)] = tensor
+                official[renamed(self.name, key, outside, inside)] = tensor
         official[_TIME] = _waves(official[_TIME], given)
         if _unbiased(given):
             del official[_PATCH_BIAS]
@@ -197,8 +194,8 @@ class Mask2DiTSystem(System):
         with ExitStack() as stack:
             if "everything" in inputs:
                 for block in ours.transformer_blocks:
-                    whole = FullMixer.forward.__get__(block.attn)
-                    stack.enter_context(patched(block.attn, "forward", whole))
+                    whole = FullMixer.told.__get__(block.attn)
+                    stack.enter_context(patched(block.attn, "told", whole))
             sample = ours(
                 hidden_states=inputs["hidden_states"].transpose(1, 2),
                 timestep=_times(ours, inputs)[0],
@@ -263,10 +260,6 @@ class Mask2DiTSystem(System):
         return outputs, mids
 
 
-def _about(model: Any) -> tuple[Any, dict[str, Any]]:
-    return model.config, getattr(model, "official_settings", {})
-
-
 def _unbiased(given: Mapping[str, Any]) -> bool:
     """Whether the release has no bias where it cuts patches; where these have several frames it always has one."""
     return not given.get("patch_bias", True) and given.get("patch_size_t") is None
@@ -277,7 +270,7 @@ def _times(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, int | None
     time = inputs["timestep"]
     if "timestep_conditioning" not in inputs:
         return time, None
-    config, given = _about(model)
+    config, given = about(model)
     scenes = max(1, inputs["encoder_hidden_states"].shape[1] // int(config.caption_length))
     index = given.get(f"case{int(inputs['case'])}_clip_idx", scenes - 1) if "case" in inputs else scenes - 1
     index = int(inputs["clip_idx"]) if "clip_idx" in inputs else int(index)
@@ -306,26 +299,6 @@ def _waves(tensor: Tensor, given: Mapping[str, Any]) -> Tensor:
         return tensor
     half = tensor.shape[1] // 2
     return torch.cat([tensor[:, half:], tensor[:, :half]], dim=1)
-
-
-def _our_name(owner: str, key: str) -> str:
-    block = _BLOCK.fullmatch(key)
-    try:
-        if block is None:
-            return _renamed(key, _PLACES)
-        return f"transformer_blocks.{block[1]}.{_renamed(block[2], _BLOCK_PLACES)}"
-    except KeyError:
-        raise LayoutError(f"{owner}: unknown weight {key!r}") from None
-
-
-def _renamed(key: str, places: Mapping[str, str]) -> str:
-    """Replace the longest known beginning of a dotted name. Raises: KeyError where there is none."""
-    parts = key.split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        start = ".".join(parts[:count])
-        if start in places:
-            return ".".join([places[start], *parts[count:]])
-    raise KeyError(key)
 
 
 def _refuse(owner: str, given: Mapping[str, Any]) -> None:

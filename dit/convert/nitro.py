@@ -10,16 +10,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dit.backbones.emmdit import EMMDiT
-from dit.convert.base import Case, LayoutError, System, Tensors, check_table, observed, official_args, system
+from dit.convert.base import (
+    Case,
+    LayoutError,
+    System,
+    Tensors,
+    check_table,
+    folded,
+    laid_flat,
+    observed,
+    official_args,
+    system,
+)
 from dit.grid import Grid, patchify
 from dit.mixers.subregion import SubregionMixer
+from dit.seams import patched
 
 _DEFAULTS: dict[str, Any] = {
     "sample_size": 16,
@@ -120,7 +132,7 @@ class NitroSystem(System):
             elif (place := _to_ours(key, config.groups)) is None:
                 raise LayoutError(f"{self.name}: unknown weight {key!r}")
             elif place == "x_embedder.proj.weight":
-                ours[place] = tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], -1).contiguous()
+                ours[place] = laid_flat(tensor)
             elif place:
                 flat = tensor.dim() == 4 and tensor.shape[2:] == (1, 1)
                 ours[place] = tensor.flatten(1) if flat else tensor
@@ -139,14 +151,13 @@ class NitroSystem(System):
                 tables = {place: name for name, place in _TABLES.items()}
                 official[f"block_groups.{group}.{index}.{tables.get(block[2], block[2])}"] = tensor
             elif key == "x_embedder.proj.weight":
-                flat = tensor.reshape(-1, config.patch_size, config.patch_size, config.in_channels)
-                official["pos_embed.proj.weight"] = flat.permute(0, 3, 1, 2).contiguous()
+                official["pos_embed.proj.weight"] = folded(tensor, config.patch_size, config.in_channels)
             elif path.startswith("projectors."):
                 official[key] = tensor
             else:
                 name = names[path]
-                folded = ".body" in name and leaf == "weight"
-                official[f"{name}.{leaf}"] = tensor[..., None, None] if folded else tensor
+                convolves = ".body" in name and leaf == "weight"
+                official[f"{name}.{leaf}"] = tensor[..., None, None] if convolves else tensor
         return official | _unread(official, len(config.groups) - 1, config.groups[-1] - 1)
 
     def complete(self, cases: Sequence[Case]) -> list[Case]:
@@ -221,15 +232,11 @@ class NitroSystem(System):
 @contextmanager
 def _full_attention(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Let every token hear every other inside, with the same weights."""
-    mixers = [one for one in model.modules() if isinstance(one, SubregionMixer)] if wanted else []
-    groups = [one.groups for one in mixers]
-    try:
-        for one in mixers:
-            one.groups = 1
+    with ExitStack() as stack:
+        for one in model.modules() if wanted else ():
+            if isinstance(one, SubregionMixer):
+                stack.enter_context(patched(one, "groups", 1))
         yield
-    finally:
-        for one, count in zip(mixers, groups, strict=True):
-            one.groups = count
 
 
 def _plain(cases: Sequence[Case]) -> Tensors:

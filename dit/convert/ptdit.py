@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,7 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from dit.backbones.ptdit import PTDiT
-from dit.convert.base import Case, LayoutError, System, Tensors, check_table, official_args, system
+from dit.convert.base import (
+    Case,
+    LayoutError,
+    System,
+    Tensors,
+    about,
+    check_table,
+    folded,
+    laid_flat,
+    official_args,
+    renamed,
+    system,
+)
 from dit.grid import Grid
 from dit.mixers.proxy import Proxy
 from dit.partition import Window
@@ -83,9 +94,6 @@ _SIZED = 128  # at this sample size the released code tells the network the size
 _WINDOWED = ("", "attn1", "ff")  # outputs [B * windows, M, D]
 _FLAT = ("attn2", "pvisual_attn2")  # outputs [B, windows * M, D]
 
-# The other proxies of a recording, which change nothing in the weights and so are no part of a model's config.
-_OTHER: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
-
 
 @system("PT-DiT")
 class PTDiTSystem(System):
@@ -127,8 +135,8 @@ class PTDiTSystem(System):
             ),
             experts={"name": "dense", "activation": given["activation_fn"]},
         )
-        if "other_proxies" in settings:
-            _OTHER[model] = _counts(window, settings["other_proxies"])
+        if "other_proxies" in settings:  # of a recording; they change nothing in the weights
+            model.official_settings = {"other_proxies": _counts(window, settings["other_proxies"])}
         return model
 
     def to_ours(self, state: Mapping[str, Tensor], model: nn.Module) -> Tensors:
@@ -140,7 +148,7 @@ class PTDiTSystem(System):
             if key == _POSITIONS:
                 check_table(self.name, tensor, _table(model), key)
             elif key == "pos_embed.proj.weight":
-                ours["x_embedder.proj.weight"] = tensor.permute(0, 2, 3, 1).flatten(1).contiguous()
+                ours["x_embedder.proj.weight"] = laid_flat(tensor)
             else:
                 ours[self._our_name(key)] = tensor
         return ours
@@ -155,15 +163,13 @@ class PTDiTSystem(System):
         for key, tensor in model.state_dict().items():
             block = _BLOCK.fullmatch(key)
             if key == "x_embedder.proj.weight":
-                flat = tensor.unflatten(1, (config.patch_size, config.patch_size, config.in_channels))
-                official["pos_embed.proj.weight"] = flat.permute(0, 3, 1, 2).contiguous()
+                official["pos_embed.proj.weight"] = folded(tensor, config.patch_size, config.in_channels)
             elif key == "modulation_out.bias":
                 official["scale_shift_table"] = tensor
-            elif block is None:
-                official[_renamed(key, outside)] = tensor
+            elif block is not None and block[2] in tables:
+                official[f"transformer_blocks.{block[1]}.{tables[block[2]]}"] = tensor
             else:
-                name = tables.get(block[2]) or _renamed(block[2], inside)
-                official[f"transformer_blocks.{block[1]}.{name}"] = tensor
+                official[renamed(self.name, key, outside, inside)] = tensor
         return official
 
     def complete(self, cases: Sequence[Case]) -> list[Case]:
@@ -189,10 +195,11 @@ class PTDiTSystem(System):
         ours: Any = model
         with ExitStack() as stack:
             if "other_proxies" in inputs:
-                if model not in _OTHER:
+                _, settings = about(model)
+                if "other_proxies" not in settings:
                     raise LayoutError(f"{self.name}: config.json does not say which are the other proxies")
                 for block in ours.transformer_blocks:
-                    stack.enter_context(patched(block.proxies, "counts", _OTHER[model]))
+                    stack.enter_context(patched(block.proxies, "counts", settings["other_proxies"]))
             sample = ours.predict(
                 *(inputs[name] for name in ("hidden_states", "timestep", "encoder_hidden_states")),
                 inputs.get("encoder_attention_mask"),
@@ -237,22 +244,7 @@ class PTDiTSystem(System):
             return "modulation_out.bias"
         if block is not None and block[2] in _TABLES:
             return f"transformer_blocks.{block[1]}.{_TABLES[block[2]]}"
-        try:
-            if block is None:
-                return _renamed(key, _PLACES)
-            return f"transformer_blocks.{block[1]}.{_renamed(block[2], _BLOCK_PLACES)}"
-        except KeyError:
-            raise LayoutError(f"{self.name}: unknown weight {key!r}") from None
-
-
-def _renamed(key: str, places: Mapping[str, str]) -> str:
-    """Replace the longest known beginning of a dotted name. Raises: KeyError where there is none."""
-    parts = key.split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        start = ".".join(parts[:count])
-        if start in places:
-            return ".".join([places[start], *parts[count:]])
-    raise KeyError(key)
+        return renamed(self.name, key, _PLACES, _BLOCK_PLACES)
 
 
 def _counts(window: Sequence[int], proxies: Sequence[int]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.backbones.dit import DiT, guide
+from dit.backbones.dit import DiT
 from dit.convert.base import Case, LayoutError, Tensors, check_table, official_args, system
 from dit.convert.dit import DiTSystem
 from dit.experts.dense import Experts
@@ -50,10 +50,8 @@ class SwitchSystem(DiTSystem):
         model = dict(args.get("model", {}))
         if model.get("num_classes") == 1:
             model["class_dropout_prob"] = 0.0
-        plain = super().build(model, settings)
         experts = _experts(self.name, args.get("routing", {"name": "DMoE"}))
-        config = {key: value for key, value in plain.config.items() if not key.startswith("_")}
-        made = DiT(**(config | {"experts": experts}))
+        made = DiT(**self.our_args(model), experts=experts)
         made.official_dropout = model.get("class_dropout_prob", 0.1)
         return made
 
@@ -104,11 +102,7 @@ class SwitchSystem(DiTSystem):
         x, t, y = inputs["x"], inputs["t"], inputs["y"]
         config: Any = model.config
         if "cfg_scale" in inputs:
-            half = x[: len(x) // 2]
-            cond, uncond = self._official_forward(model, torch.cat([half, half]), t, y).chunk(2)
-            towards = guide(cond, uncond, inputs["cfg_scale"], config.in_channels)
-            rest = uncond[:, config.in_channels :]
-            return {"model": torch.cat([towards, torch.cat([towards[:, : config.in_channels], rest], dim=1)])}
+            return {"model": self._guided(model, x, t, y, inputs["cfg_scale"], config.in_channels)}
         if "rand_label" not in inputs:
             return {"model": self._official_forward(model, x, t, y)}
         if config.null_class:

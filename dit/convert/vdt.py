@@ -21,13 +21,10 @@ from dit.backbones.dit import DiT
 from dit.backbones.vdt import VDT
 from dit.clip_masks import blend
 from dit.convert.base import Case, LayoutError, Tensors, check_table, official_args, system
-from dit.convert.dit import DiTSystem
+from dit.convert.dit import DEFAULTS, DiTSystem
 from dit.embeddings import sincos_1d
 
-_DEFAULTS: dict[str, Any] = {
-    "input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16, "mlp_ratio": 4.0,
-    "class_dropout_prob": 0.1, "num_classes": 1000, "learn_sigma": True, "mode": "video", "num_frames": 16,
-}  # fmt: skip
+_DEFAULTS = DEFAULTS | {"mode": "video", "num_frames": 16}
 _TEMPORAL = {
     "temporal_norm1": "temporal.norm",
     "temporal_attn": "temporal.attn",
@@ -50,25 +47,10 @@ class VDTSystem(DiTSystem):
     def build(self, args: Mapping[str, Any], settings: Mapping[str, Any]) -> VDT | DiT:
         """Return our network for the arguments of `models.VDT`."""
         given = official_args(self.name, args, _DEFAULTS)
+        plain = {name: given[name] for name in DEFAULTS}
         if given["mode"] != "video":
-            return super().build(
-                {name: given[name] for name in given if name not in ("mode", "num_frames")}, settings
-            )
-        return VDT(
-            in_channels=given["in_channels"],
-            patch_size=given["patch_size"],
-            sample_size=given["input_size"],
-            frames=given["num_frames"],
-            width=given["hidden_size"],
-            depth=given["depth"],
-            heads=given["num_heads"],
-            mlp_ratio=given["mlp_ratio"],
-            num_classes=given["num_classes"],
-            null_class=given["class_dropout_prob"] > 0,
-            default_class=0,
-            learn_sigma=bool(given["learn_sigma"]),
-            convention="ddpm",
-        )
+            return super().build(plain, settings)
+        return VDT(**self.our_args(plain), frames=given["num_frames"], default_class=0)
 
     def to_ours(self, state: Mapping[str, Tensor], model: nn.Module) -> Tensors:
         """Rename what attends over time, check the table of frames, and read the rest as a DiT."""

@@ -143,7 +143,9 @@ class DynamicPerceptron(nn.Module):
         if self.tokens is not None and not self.complete:
             residual = hidden_states if context is None or context.residual is None else context.residual
             keep = self.choose(self.tokens(residual))  # [B, N, 1]
-        self.seen = keep if self.training else None
+        self.seen = None
+        if self.training and not self.complete:
+            self.seen = hidden_states.new_ones(*hidden_states.shape[:2], 1) if keep is None else keep
         if self.training or torch.compiler.is_compiling() or hidden_states.is_meta:
             return self.masked(hidden_states, groups, keep)
         return self.compact(hidden_states, groups, keep)
@@ -200,14 +202,18 @@ def channels_of(groups: Tensor, count: int) -> Tensor:
     return groups.bool()[_group_of(count, len(groups), groups.device)].nonzero().squeeze(1)
 
 
-def spent_share(heads: Tensor, groups: Tensor, tokens: Tensor, attention: float, perceptron: float) -> Tensor:
+def spent_share(
+    heads: Tensor, groups: Tensor, tokens: Tensor, attention: float | Tensor, perceptron: float | Tensor
+) -> Tensor:
     """Return the share of the cost that routes leave, mean over the batch.
 
     Args:
-        heads, groups, tokens: shares that are on, [B, blocks]. attention, perceptron: cost of each in a complete block.
+        heads, groups, tokens: shares that are on, [B, blocks].
+        attention, perceptron: cost of each in a complete block, one for all or [B, blocks].
     """
     spent = heads * attention + groups * tokens * perceptron
-    return (spent.mean(dim=1) / (attention + perceptron)).mean()
+    whole = torch.ones_like(heads) * attention + torch.ones_like(heads) * perceptron
+    return (spent.sum(dim=1) / whole.sum(dim=1)).mean()
 
 
 def share_of(model: nn.Module) -> Tensor | None:
@@ -219,21 +225,12 @@ def share_of(model: nn.Module) -> Tensor | None:
             for one in (getattr(block, name, None) for name in _LAYERS)
             if isinstance(one, DynamicPerceptron)
         ]
-        if not layers:
-            continue
         router: Any = getattr(block, "router", None)
         decision = router.seen if isinstance(router, WidthRouter) else None
         kept = [one.seen for one in layers if one.seen is not None]
-        if decision is None and not kept:
-            continue
-        rows.append(_row(layers, decision, kept))
-    if not rows:
-        return None
-    heads, groups, tokens, attention, perceptron = (
-        torch.stack(column, dim=1) for column in zip(*rows, strict=True)
-    )
-    spent = heads * attention + groups * tokens * perceptron
-    return (spent.sum(dim=1) / (attention + perceptron).sum(dim=1)).mean()
+        if kept and (decision is not None or any(one.tokens is not None for one in layers)):
+            rows.append(_row(layers[0], decision, torch.cat(kept, dim=1)))
+    return spent_share(*(torch.stack(column, dim=1) for column in zip(*rows, strict=True))) if rows else None
 
 
 @contextmanager
@@ -253,23 +250,15 @@ def complete(model: nn.Module) -> Iterator[None]:
 _LAYERS = ("ff", "ff_context")
 
 
-def _row(
-    layers: list[DynamicPerceptron], decision: RouteDecision | None, kept: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """One block's shares [B] and costs [B]: heads, groups, tokens, attention, perceptron."""
-    some = kept[0] if kept else decision.heads if decision is not None else None
-    assert some is not None
-    batch, ones = len(some), some.new_ones(len(some))
-    width, hidden = layers[0].net[2].out_features, layers[0].net[2].in_features
-    tokens = torch.cat(kept, dim=1).mean(dim=(1, 2)) if kept else ones
-    count = (
-        sum(one.shape[1] for one in kept) if kept else 256
-    )  # without token gates the share of attention is that of 256
-    attention = count * 4 * width * width + 2 * count * count * width
+def _row(layer: DynamicPerceptron, decision: RouteDecision | None, kept: Tensor) -> tuple[Tensor, ...]:
+    """One block's shares [B] and costs [B]: heads, groups, tokens, attention, perceptron; `kept` [B, N, 1] of all its tokens."""
+    batch, count = kept.shape[:2]
+    ones = kept.new_ones(batch)
+    width, hidden = layer.net[2].out_features, layer.net[2].in_features
+    attention = float(count * 4 * width * width + 2 * count * count * width)
     heads = ones if decision is None or decision.heads is None else decision.heads.mean(dim=1)
     groups = ones if decision is None or decision.groups is None else decision.groups.mean(dim=1)
-    costs = (float(attention), float(2 * count * width * hidden))
-    return heads, groups, tokens, *(some.new_full((batch,), one) for one in costs)
+    return heads, groups, kept.mean(dim=(1, 2)), ones * attention, ones * float(2 * count * width * hidden)
 
 
 def _with_first(choice: Tensor) -> Tensor:

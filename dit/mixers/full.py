@@ -5,6 +5,8 @@ Paper: Attention Is All You Need, Vaswani et al. 2017, arXiv:1706.03762.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from dit.attention import Attention
 from dit.embeddings import Rotary
+from dit.grid import Grid
 from dit.model import Context
 from dit.routing import RouteDecision
 from dit.spec import Spec, knob, spec
@@ -85,18 +88,75 @@ class FullMixer(Attention):
         """[B, N, D] -> [B, N, D], or image and text -> (image, text)."""
         if context is not None:
             attention_mask, image_rotary_emb = context.mask, context.rotary
-            kwargs = context.attention_kwargs | kwargs
-            if context.route is not None and context.route.heads is not None:
-                kwargs = kwargs | {"heads": self._route(context.route, hidden_states.dtype)}
+            kwargs = (
+                context.attention_kwargs | self.told(context, hidden_states, encoder_hidden_states) | kwargs
+            )
         return super().forward(
             hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
         )
+
+    def told(self, context: Context, hidden_states: Tensor, text: Tensor | None) -> dict[str, Any]:
+        """Return what the processor is told of a context beside positions and mask: here, which heads to compute."""
+        if context.route is None or context.route.heads is None:
+            return {}
+        return {"heads": self._route(context.route, hidden_states.dtype)}
 
     def _route(self, route: RouteDecision, dtype: torch.dtype) -> Tensor:
         """The heads to compute [K'] where all samples agree and the maps can be cut, else gates [B, K]."""
         heads = route.heads
         assert heads is not None
         on = heads.bool()
-        if not route.compact or torch.compiler.is_compiling() or heads.is_meta or not self.can_leave_out_heads(dtype):
+        if (
+            not route.compact
+            or torch.compiler.is_compiling()
+            or heads.is_meta
+            or not self.can_leave_out_heads(dtype)
+        ):
             return heads
         return on[0].nonzero().squeeze(1) if bool((on == on[:1]).all()) else heads
+
+
+def heads_of(context: Context) -> dict[str, Tensor]:
+    """Return which heads of the network a router left on, gates [B, K] as an argument, or nothing."""
+    if context.route is None or context.route.heads is None:
+        return {}
+    return {"heads": context.route.heads}
+
+
+def grid_alone(name: str, context: Context | None) -> Grid:
+    """Return the places of the tokens, for mixers that see nothing else. Raises: ValueError naming the mixer `name`."""
+    if context is None or context.grid is None or context.length:
+        length = 0 if context is None else context.length
+        raise ValueError(
+            f"{name}: needs context.grid, the places of the tokens, and has no place for {length or 'a stream of'} text tokens"
+        )
+    return context.grid
+
+
+def within(context: Context, x: Tensor, spread: Callable[[Tensor], Tensor], **changes: Any) -> Context:
+    """Return the context of groups of tokens: with `changes`, and each group's routed heads those of its sample.
+
+    `spread` takes a value for each sample of x to one for each group, [B, ...] -> [B * G, ...].
+    """
+    route = context.route
+    if route is not None and route.heads is not None:
+        changes["route"] = dataclasses.replace(route, heads=spread(route.heads.expand(len(x), -1)))
+    return dataclasses.replace(context, **changes)
+
+
+def keys_of(name: str, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """Return which tokens may be heard, [B, N], from a mask of keys [1 or B, 1, 1, N]. Raises: ValueError for other forms."""
+    if mask is None:
+        return None
+    if mask.dim() != 4 or mask.shape[1:] != (1, 1, tokens):
+        raise ValueError(
+            f"{name}: takes a mask of keys [B, 1, 1, {tokens}], got one of shape {tuple(mask.shape)}"
+        )
+    return mask.bool().reshape(-1, tokens).expand(batch, -1)
+
+
+def same_for_all(mask: Tensor, why: str) -> Tensor:
+    """Return a mask of keys [B, 1, 1, M] as [B, M]. Raises: ValueError, with `why`, where it tells queries or heads apart."""
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+        raise ValueError(f"{why}, so the mask must be [B, 1, 1, M], got {tuple(mask.shape)}")
+    return mask[:, 0, 0].bool()

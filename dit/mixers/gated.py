@@ -19,12 +19,12 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dit.attention import skipped
 from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.layers import HeadNorm
 from dit.ledger import macs_of
-from dit.mixers.full import Mixer
-from dit.mixers.linear import heads_of, skipped
+from dit.mixers.full import Mixer, heads_of, same_for_all
 from dit.model import Context
 from dit.spec import knob, spec
 
@@ -211,7 +211,9 @@ class GatedProcessor:
             q, k, v, gate = (torch.cat(pair, dim=1) for pair in zip(added, (q, k, v, gate), strict=True))
         gate = F.logsigmoid(gate.float()) / attn.normalizer
         if attention_mask is not None:
-            heard = _heard(attention_mask)
+            heard = same_for_all(attention_mask, "gated: scans each key once for all queries")[
+                :, :, None, None
+            ]
             k, gate = k * heard, gate * heard  # a token that may not be heard leaves the state as it is
         index = scan_index(attn.order, grid, length, q.shape[1], q.device, text_first=attn.context_pre_only)
         if index is not None:
@@ -356,15 +358,6 @@ class GatedMixer(nn.Module, AttentionModuleMixin):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
-
-
-def _heard(mask: Tensor) -> Tensor:
-    """[B, 1, 1, M] -> [B, M, 1, 1]. Raises: ValueError for a mask that is not the same for all queries and heads."""
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
-        raise ValueError(
-            f"gated: scans each key once for all queries, so the mask must be [B, 1, 1, M], got {tuple(mask.shape)}"
-        )
-    return mask[:, 0, 0, :, None, None]
 
 
 # Not by `register`, which first imports many transformers; diffusers does that when it looks something up.

@@ -15,10 +15,10 @@ from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProces
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
-from dit.attention import Attention
+from dit.attention import skipped
 from dit.embeddings import Rotary, rotate
 from dit.grid import Grid
-from dit.mixers.full import Mixer
+from dit.mixers.full import FullMixer, Mixer, heads_of, same_for_all
 from dit.model import Context
 from dit.spec import knob, spec
 
@@ -134,7 +134,10 @@ class LinearProcessor:
             q = q if added_q is None else torch.cat([added_q, q], dim=1)
             k, v = torch.cat([added_k, k], dim=1), torch.cat([added_v, v], dim=1)
         table = image_rotary_emb if attn.turns else None
-        out = linear_attention(q, k, v, table=table, heard=_heard(attention_mask))
+        heard = attention_mask
+        if heard is not None:
+            heard = same_for_all(heard, "linear: sums up its keys once for all queries")
+        out = linear_attention(q, k, v, table=table, heard=heard)
         out = out.flatten(2).to(hidden_states.dtype)
         text = out.shape[1] - (k.shape[1] - length)  # text tokens that ask
         out_text, out_image = out.split_with_sizes([text, out.shape[1] - text], dim=1)
@@ -149,7 +152,7 @@ class LinearProcessor:
         return attn.project_out(out_image), attn.to_add_out(out_text)
 
 
-class LinearMixer(Attention):
+class LinearMixer(FullMixer):
     """The network of `Linear`: names of weights are those of `Attention`, and `conv` of the convolution."""
 
     processor: Any
@@ -188,23 +191,9 @@ class LinearMixer(Attention):
         )
         AttentionModuleMixin.set_processor(self, LinearProcessor())
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Rotary | None = None,
-        context: Context | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """[B, N, D] -> [B, N, D], or image and text -> (image, text); text tokens within one stream stand first."""
-        if context is not None:
-            attention_mask, image_rotary_emb = context.mask, context.rotary
-            about = {"grid": context.grid, "length": context.length}
-            kwargs = context.attention_kwargs | about | heads_of(context) | kwargs
-        return self.processor(
-            self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
-        )
+    def told(self, context: Context, hidden_states: Tensor, text: Tensor | None) -> dict[str, Any]:
+        """Return what the processor is told of a context: places, how many text tokens stand first, gates of heads."""
+        return {"grid": context.grid, "length": context.length} | heads_of(context)
 
     def local(self, v: Tensor, grid: Grid | None) -> Tensor | None:
         """Values [B, N, K, d] -> [B, N, D], each token's neighbourhood weighed by the convolution, frame by frame.
@@ -246,39 +235,12 @@ def convolved(conv: nn.Conv2d, x: Tensor, grid: Grid) -> Tensor:
     return conv(picture).permute(0, 2, 3, 1).reshape(batch, tokens, channels)
 
 
-def heads_of(context: Context) -> dict[str, Tensor]:
-    """Return which heads of the network a router left on, as an argument, or nothing."""
-    if context.route is None or context.route.heads is None:
-        return {}
-    return {"heads": context.route.heads}
-
-
 def gated_heads(x: Tensor, heads: Tensor) -> Tensor:
     """Multiply the channels of x [B, N, D] that belong to each of the network's heads by its gate [B, K].
 
     Sums over all tokens have heads of their own kind, so a head that is off is computed all the same: it costs little here.
     """
     return x * heads.to(x.dtype).repeat_interleave(x.shape[-1] // heads.shape[-1], dim=1).unsqueeze(1)
-
-
-def _heard(mask: Tensor | None) -> Tensor | None:
-    """[B, 1, 1, M] -> [B, M]. Raises: ValueError for a mask that is not the same for all queries and heads."""
-    if mask is None:
-        return None
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
-        raise ValueError(
-            f"linear: sums up its keys once for all queries, so the mask must be [B, 1, 1, M], got {tuple(mask.shape)}"
-        )
-    return mask[:, 0, 0].bool()
-
-
-def skipped(
-    attn: Any, hidden_states: Tensor, *_: Any, encoder_hidden_states: Tensor | None = None, **__: Any
-) -> Tensor | tuple[Tensor, Tensor]:
-    """What a mixer returns where diffusers' layer skip leaves it out: its inputs."""
-    if encoder_hidden_states is None or attn.context_pre_only:
-        return hidden_states
-    return hidden_states, encoder_hidden_states
 
 
 # Not by `register`, which first imports many transformers; diffusers does that when it looks something up.

@@ -19,10 +19,9 @@ from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.layers import HeadNorm
 from dit.ledger import macs_of
-from dit.mixers.full import Mixer
-from dit.mixers.linear import gated_heads, heads_of
+from dit.mixers.full import Mixer, grid_alone, heads_of, keys_of
+from dit.mixers.linear import gated_heads
 from dit.mixers.proxy import pool
-from dit.mixers.window import grid_alone, keys_of
 from dit.model import Context
 from dit.partition import Window
 from dit.scan import Scan, scan_macs, state_space_scan
@@ -198,7 +197,7 @@ class MambaMixer(nn.Module):
         grid = grid_alone("mamba", context)
         assert context is not None
         x, heads = hidden_states, heads_of(context).get("heads")
-        keys = keys_of("mamba", context.mask, x)
+        keys = keys_of("mamba", context.mask, *x.shape[:2])
         first, seen = self._reviewed(x, keys, grid)  # [B, R, D]
         index = scan_order(self.order, grid, x.device)
         if index is not None:

@@ -21,7 +21,7 @@ from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.layers import PlainNorm
 from dit.ledger import macs_of
-from dit.mixers.full import FullMixer, Mixer
+from dit.mixers.full import FullMixer, Mixer, heads_of
 from dit.model import Context
 from dit.partition import Window, heard
 from dit.spec import knob, spec
@@ -306,12 +306,17 @@ class ProxyMixer(Attention):
         text = hidden_states[:, :length] if length else encoder_hidden_states
         image = hidden_states[:, length:]
         added, answer = self.proxies(image, window, text, context.mask, context.rotary)
-        out = added + self._near(image + added, window, context.rotary, **kwargs)
+        out = added + self._near(
+            image + added, window, context.rotary, **_gates(context, image, window), **kwargs
+        )
         if self.shift_attn is not None and self.shift_out is not None:
             moved = Window(context.grid, self.sides, shifted=True)
             mask = window_mask(moved, len(image), image.device)
             table = _window_table(context.rotary, moved)
-            out = out + self.shift_out(self.shift_attn(self.norm_shift(image + out), moved, mask, table))
+            near = self.shift_attn(
+                self.norm_shift(image + out), moved, mask, table, **_gates(context, image, moved)
+            )
+            out = out + self.shift_out(near)
         if length:
             assert answer is not None
             return torch.cat([answer, out], dim=1)
@@ -338,6 +343,11 @@ class ProxyMixer(Attention):
         mask = window_mask(window, len(x), x.device)
         inner = window.split(x)
         return window.join(super().forward(inner, None, mask, _window_table(rotary, window), **kwargs))
+
+
+def _gates(context: Context, x: Tensor, window: Window) -> dict[str, Tensor]:
+    """Return the gates of routed heads for every window, as an argument, or nothing: a head that is off is computed all the same."""
+    return {name: window.spread(one.expand(len(x), -1)) for name, one in heads_of(context).items()}
 
 
 def zero_linear(width: int) -> nn.Linear:

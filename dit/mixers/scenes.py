@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dit.attention import Attention, attend
-from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.mixers.full import FullMixer, Mixer
 from dit.model import Context
@@ -106,24 +105,13 @@ class ScenesMixer(FullMixer):
         super().__init__(width, heads, **options)
         self.caption = caption
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Rotary | None = None,
-        context: Context | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """[B, N, D] -> [B, N, D], or image and text -> (image, text) unless the text is pre-only."""
-        if context is not None:
-            text = context.length if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-            segments = self.segments(context, text)
-            if segments is not None and segments.scenes > 1:
-                kwargs = kwargs | {"attention": functools.partial(attend_scenes, segments=segments)}
-        return super().forward(
-            hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, context, **kwargs
-        )
+    def told(self, context: Context, hidden_states: Tensor, text: Tensor | None) -> dict[str, Any]:
+        """Return what the processor is told of a context: heads, and which captions and scenes there are, if several."""
+        told = super().told(context, hidden_states, text)
+        segments = self.segments(context, context.length if text is None else text.shape[1])
+        if segments is None or segments.scenes == 1:
+            return told
+        return told | {"attention": functools.partial(attend_scenes, segments=segments)}
 
     def segments(self, context: Context, text: int) -> Segments | None:
         """Return which of `text` text tokens belong to which others, or None where all hear all."""

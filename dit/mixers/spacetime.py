@@ -8,7 +8,6 @@ along with the tokens.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.ledger import macs_of
-from dit.mixers.full import FullMixer, Mixer
+from dit.mixers.full import FullMixer, Mixer, grid_alone, keys_of, within
 from dit.model import Context
 from dit.spec import knob, spec
 
@@ -65,9 +64,10 @@ class TemporalAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, context: Context) -> Tensor:
         """[B, N, D] -> what is to be added to it, [B, N, D]."""
-        grid = _grid_of(context)
+        grid = grid_alone("spacetime", context)
         x = _sites(self.norm(hidden_states), grid)  # [B * S, F, D]
-        mask = None if context.mask is None else _heard(_sites(_keys(context.mask, hidden_states), grid))
+        keys = keys_of("spacetime", context.mask, *hidden_states.shape[:2])
+        mask = None if keys is None else _heard(_sites(keys, grid))
         rotary = None if context.rotary is None else _each(context.rotary, hidden_states, grid, _sites)
         attended = self.attn(x, None, mask, rotary, **context.attention_kwargs)
         added: Tensor = self.proj(_from_sites(attended, grid))
@@ -95,17 +95,20 @@ class SpatialAttention(FullMixer):
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
             )
-        grid = _grid_of(context)
+        grid = grid_alone("spacetime", context)
         changes: dict[str, Any] = {}
-        if context.mask is not None:
-            changes["mask"] = _heard(_frames(_keys(context.mask, hidden_states), grid))
+        keys = keys_of("spacetime", context.mask, *hidden_states.shape[:2])
+        if keys is not None:
+            changes["mask"] = _heard(_frames(keys, grid))
         if context.rotary is not None:
             changes["rotary"] = _each(context.rotary, hidden_states, grid, _frames)
-        route = context.route
-        if route is not None and route.heads is not None:
-            heads = route.heads.expand(len(hidden_states), -1).repeat_interleave(grid.frames, dim=0)
-            changes["route"] = dataclasses.replace(route, heads=heads)
-        inner = dataclasses.replace(context, grid=Grid(1, grid.height, grid.width), **changes)
+        inner = within(
+            context,
+            hidden_states,
+            lambda one: one.repeat_interleave(grid.frames, dim=0),
+            grid=Grid(1, grid.height, grid.width),
+            **changes,
+        )
         attended: Tensor = super().forward(_frames(hidden_states, grid), context=inner, **kwargs)
         return attended.reshape(hidden_states.shape[0], grid.tokens, -1)
 
@@ -134,15 +137,6 @@ class SpaceTimeMixer(SpatialAttention):
         return super().macs_on(grid, text) + (0 if self.temporal is None else self.temporal.macs_on(grid))
 
 
-def _grid_of(context: Context) -> Grid:
-    if context.grid is None or context.length:
-        raise ValueError(
-            "spacetime: attends over the frames of a clip and the places of a frame; "
-            f"it has no place for {context.length or 'a stream of'} text tokens"
-        )
-    return context.grid
-
-
 def _frames(x: Tensor, grid: Grid) -> Tensor:
     """[B, N, ...] -> [B * F, S, ...], S being the places of a frame."""
     return x.reshape(x.shape[0] * grid.frames, grid.height * grid.width, *x.shape[2:])
@@ -156,15 +150,6 @@ def _sites(x: Tensor, grid: Grid) -> Tensor:
 def _from_sites(x: Tensor, grid: Grid) -> Tensor:
     """The inverse of `_sites`."""
     return x.unflatten(0, (-1, grid.height * grid.width)).transpose(1, 2).flatten(1, 2)
-
-
-def _keys(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask of keys [1 or B, 1, 1, N] -> [B, N]. Raises: ValueError for any other form."""
-    if mask.dim() != 4 or mask.shape[1:] != (1, 1, x.shape[1]):
-        raise ValueError(
-            f"spacetime: takes a mask of keys [B, 1, 1, {x.shape[1]}], got one of shape {tuple(mask.shape)}"
-        )
-    return mask.bool().reshape(-1, x.shape[1]).expand(len(x), -1)
 
 
 def _heard(keys: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.embeddings import Rotary
-from dit.mixers.full import FullMixer, Mixer
+from dit.mixers.full import FullMixer, Mixer, keys_of, within
 from dit.model import Context
 from dit.partition import Interleave, Partition, heard
 from dit.spec import knob, spec
@@ -77,25 +77,22 @@ class SubregionMixer(FullMixer):
         **kwargs: Any,
     ) -> Any:
         """[B, N, D] -> [B, N, D], or image and text -> (image, text)."""
-        length = 0
-        if context is not None:
-            attention_mask, image_rotary_emb = context.mask, context.rotary
-            kwargs, length = context.attention_kwargs | kwargs, context.length
+        about = context
+        if about is None:
+            about = Context(None, hidden_states, rotary=image_rotary_emb, mask=attention_mask)
         if self.groups == 1:
-            return super().forward(
-                hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
-            )
+            return super().forward(hidden_states, encoder_hidden_states, context=about, **kwargs)
         if encoder_hidden_states is not None:
             words, image = encoder_hidden_states, hidden_states
         else:
-            words, image = hidden_states[:, :length], hidden_states[:, length:]
+            words, image = hidden_states[:, : about.length], hidden_states[:, about.length :]
         cuts = [Interleave(one.shape[1], self.groups, self.chunk) for one in (words, image) if one.shape[1]]
-        rotary = None if image_rotary_emb is None else _spread_rotary(image_rotary_emb, cuts, len(image))
-        mask = _keys(attention_mask, cuts, image)
+        rotary = None if about.rotary is None else _spread_rotary(about.rotary, cuts, len(image))
+        mask = _keys(about.mask, cuts, image)
+        inner = within(about, image, cuts[-1].spread, rotary=rotary, mask=mask)
         if encoder_hidden_states is None:
-            inner = _split(hidden_states, cuts)
-            return _join(super().forward(inner, None, mask, rotary, **kwargs), cuts)
-        out = super().forward(cuts[-1].split(image), cuts[0].split(words), mask, rotary, **kwargs)
+            return _join(super().forward(_split(hidden_states, cuts), context=inner, **kwargs), cuts)
+        out = super().forward(cuts[-1].split(image), cuts[0].split(words), context=inner, **kwargs)
         return cuts[-1].join(out) if self.context_pre_only else (cuts[-1].join(out[0]), cuts[0].join(out[1]))
 
     def macs(self, rows: int, text: int = 0) -> int:
@@ -121,13 +118,10 @@ def _keys(mask: Tensor | None, cuts: list[Interleave], x: Tensor) -> Tensor | No
     if mask is None and all(cut.groups * cut.length == cut.tokens for cut in cuts):
         return None
     total = sum(cut.tokens for cut in cuts)
-    if mask is None:
-        mask = torch.ones(1, 1, 1, total, dtype=torch.bool, device=x.device)
-    if mask.dim() != 4 or mask.shape[1:] != (1, 1, total):
-        raise ValueError(
-            f"subregion: takes a mask of keys [B, 1, 1, {total}], got one of shape {tuple(mask.shape)}"
-        )
-    there = _split(mask.bool().reshape(-1, total).expand(len(x), -1), cuts)
+    keys = keys_of("subregion", mask, len(x), total)
+    if keys is None:
+        keys = torch.ones(len(x), total, dtype=torch.bool, device=x.device)
+    there = _split(keys, cuts)
     return heard(there.unsqueeze(1), 1)
 
 

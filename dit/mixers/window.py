@@ -8,7 +8,6 @@ are masked); an axis that one box covers is not shifted, so that a picture is a 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from dit.attention import Attention
 from dit.embeddings import Rotary
 from dit.grid import Grid
-from dit.mixers.full import FullMixer, Mixer
+from dit.mixers.full import FullMixer, Mixer, grid_alone, keys_of, within
 from dit.model import Context
 from dit.partition import Window, heard
 from dit.spec import knob, spec
@@ -81,11 +80,7 @@ class WindowMixer(FullMixer):
             changes["rotary"] = tuple(
                 window.split(one.expand(batch, *one.shape[-2:])) for one in context.rotary
             )
-        route = context.route
-        if route is not None and route.heads is not None:
-            heads = window.spread(route.heads.expand(len(hidden_states), -1))
-            changes["route"] = dataclasses.replace(route, heads=heads)
-        inner = dataclasses.replace(context, **changes)
+        inner = within(context, hidden_states, window.spread, **changes)
         return window.join(super().forward(window.split(hidden_states), context=inner, **kwargs))
 
     def window(self, grid: Grid) -> Window:
@@ -119,30 +114,9 @@ def window_attention_reference(
     return Attention.forward(attn, x, None, near if mask is None else near & mask, rotary)
 
 
-def grid_alone(name: str, context: Context | None) -> Grid:
-    """Return the places of the tokens, for mixers that see nothing else. Raises: ValueError naming the mixer `name`."""
-    if context is None or context.grid is None or context.length:
-        length = 0 if context is None else context.length
-        raise ValueError(
-            f"{name}: needs context.grid, the places of the tokens, and has no place for {length or 'a stream of'} text tokens"
-        )
-    return context.grid
-
-
-def keys_of(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return which tokens may be heard, [B, N], from a mask of keys [1 or B, 1, 1, N]. Raises: ValueError for other forms."""
-    if mask is None:
-        return None
-    if mask.dim() != 4 or mask.shape[1:] != (1, 1, x.shape[1]):
-        raise ValueError(
-            f"{name}: takes a mask of keys [B, 1, 1, {x.shape[1]}], got one of shape {tuple(mask.shape)}"
-        )
-    return mask.bool().reshape(-1, x.shape[1]).expand(len(x), -1)
-
-
 def _heard(mask: Tensor | None, x: Tensor, window: Window) -> Tensor | None:
     """Return who hears whom in the windows, [B * G, 1, 1 or M, M], or None for all."""
-    keys, near = keys_of("window", mask, x), window.mask(x.device)
+    keys, near = keys_of("window", mask, *x.shape[:2]), window.mask(x.device)
     if keys is None:
         return heard(near, len(x))
     both = window.split(keys).unsqueeze(1)  # [B * G, 1, M]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from acceleration import Refused, StepForecast, TaylorCache, Untouched, accelerated
+from acceleration.step_forecast import _read
 from dit.seams import announce
 from dit.spec import parse
 
@@ -75,6 +76,22 @@ def test_weights_give_one_answer_for_a_run_of_steps(toy: Any) -> None:
     for step in (6, 7, 8, 9):
         torch.testing.assert_close(made[step], 2 * exact[5])
     assert made[2] is not made[3]  # a pipeline may write into what it is given
+
+
+def test_the_weights_are_read_once_a_run(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = StepForecast(mask="1100010000", weights="-0.5/1.5_2")
+    assert method.rows() == {2: (-0.5, 1.5), 3: (-0.5, 1.5), 4: (-0.5, 1.5), 6: (2.0,), 7: (2.0,), 8: (2.0,), 9: (2.0,)}
+    assert StepForecast(mask="1100010000").rows() == {}
+    texts: list[str] = []
+
+    def reading(name: str, weights: str) -> list[tuple[float, ...]]:
+        texts.append(weights)
+        return _read(name, weights)
+
+    monkeypatch.setattr("acceleration.step_forecast._read", reading)
+    with accelerated(toy.model, method, steps=STEPS):
+        toy.run(STEPS)
+    assert texts == ["-0.5/1.5_2"]
 
 
 def test_branches_do_not_mix(toy: Any) -> None:

@@ -230,6 +230,15 @@ def test_a_perceptron_that_looks_around_is_left_alone() -> None:
     assert "treats every token alone" in str(TokenMerge(modules="feed-forward").refuses(net))
 
 
+def test_a_perceptron_of_no_width_is_not_said_to_be_merged() -> None:
+    net, _ = mmdit()
+    before = [one.path for one in position_wise(net)]
+    perceptron = net.get_submodule(before[0])
+    first = next(one for one in perceptron.modules() if isinstance(one, nn.Linear))
+    first.out_features = 0
+    assert [one.path for one in position_wise(net)] == before[1:]
+
+
 def test_a_class_conditional_model_runs() -> None:
     torch.manual_seed(0)
     net = DiT(sample_size=8, in_channels=4, patch_size=1, width=16, heads=2, depth=3).eval()

@@ -14,7 +14,7 @@ import torch
 
 from acceleration.base import Accelerator
 from benchmarks import _peers_methods, peers
-from benchmarks._peers_front import Point, ahead, at_level, bound, delta_formula, front
+from benchmarks._peers_front import Point, ahead, at_level, bound, delta_formula
 from benchmarks._peers_methods import CALIBRATION, EXACT, FEWER, OURS, Setting, attached
 from benchmarks._peers_runs import MOST, Bench, Store, Timed, counted, summary
 from benchmarks._peers_settings import PROMPTS, SEEDS, STEPS, settings
@@ -24,6 +24,7 @@ from dit.seams import blocks_of
 from dit.spec import parse
 from dit.text import Prompt
 from pipelines.catalog import Card, Loaded
+from pipelines.pareto import front
 from pipelines.text_to_image import TextToImagePipeline
 
 pytestmark = [

@@ -85,7 +85,7 @@ TABLE: dict[str, dict[str, Any]] = {
     },
     "BriaFibo2Transformer2DModel": {
         "config": {
-            "in_channels": 4, "dim": 16, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 16,
+            "in_channels": 4, "dim": 24, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 3, "cap_feat_dim": 16,
             "injection_layer_ids": (1,), "perceiver_num_layers": 1, "min_num_gist_tokens": 2, "max_num_gist_tokens": 4,
             "gist_step": 1, "gist_min_text_len": 2, "gist_max_text_len": 8, "axes_dims": (4, 2, 2), "axes_lens": (64, 32, 32),
         },
@@ -197,7 +197,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "NucleusMoEImageTransformer2DModel": {
         "config": HEADS | {
             "in_channels": 4, "out_channels": 1, "num_layers": 4, "num_key_value_heads": 1, "joint_attention_dim": 16,
-            "axes_dims_rope": (2, 2, 4), "num_experts": 2, "moe_intermediate_dim": 8, "capacity_factors": 2.0,
+            "axes_dims_rope": (2, 2, 4), "num_experts": 2, "moe_intermediate_dim": 8, "capacity_factors": 2.0, "mlp_ratio": 12.0,
             "dense_moe_strategy": "leave_first_block_dense",
         },
         "inputs": lambda r, B, H: {

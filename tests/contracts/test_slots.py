@@ -80,6 +80,22 @@ def test_every_pair_works(build: Any, mixer: str, experts: str, tmp_path: Path) 
     accelerates(network, given)
 
 
+@pytest.mark.parametrize("mixer", list(kinds(Mixer)))
+@pytest.mark.parametrize("build", [one_stream, two_streams])
+def test_no_mixer_passes_routed_heads_by(build: Any, mixer: str) -> None:
+    try:
+        network = build(mixer, "dynamic:start_width=0,start_tokens=0,weight=0")
+    except ValueError:
+        return
+    for one in network.parameters():
+        if not one.any():
+            nn.init.normal_(one, std=0.1)
+    network.train()
+    network(**inputs(network)).sample.square().mean().backward()
+    gates = [name for name, one in network.named_parameters() if name.endswith("router.heads.weight") and not one.grad.any()]
+    assert gates == []
+
+
 def learn(network: Any, given: dict[str, Any]) -> bool:
     """Take two steps; whether the loss fell and every part of the second gradient is finite."""
     network.train()

@@ -16,7 +16,7 @@ from pipelines import tune as tuning
 from pipelines.generate import Cancelled, generate
 from pipelines.pareto import Point, front, layers
 from pipelines.request import Request, RequestError
-from pipelines.trials import Bench, Clock, Log, Scene, TimeUp, Trial, scenes_for
+from pipelines.trials import Bench, Clock, Log, Scene, TimeUp, Trial, mean, scenes_for
 from pipelines.tune import Budget, Tuned, known_prompts, tune
 
 STEPS = 4
@@ -263,7 +263,7 @@ def test_a_method_that_cannot_work_is_a_failure_in_the_log(tiny: str, tmp_path: 
     trial = bench.trial((DeltaCache(first_block=99),), Scene("a cat", None, 1))
     assert "there is no block 99" in trial.failure
     assert Log(tmp_path / "log.jsonl").trials == dict.fromkeys(Log(tmp_path / "log.jsonl").trials, trial)
-    assert bench.mean((DeltaCache(first_block=99),), [Scene("a cat", None, 1)]).failure == trial.failure
+    assert mean([Trial(psnr=30.0), trial]).failure == trial.failure
     runs = bench.runs
     assert bench.trial((DeltaCache(first_block=99),), Scene("a cat", None, 1)) == trial
     assert bench.runs == runs
