@@ -26,7 +26,7 @@ LEVELS = (25.0, 30.0, 35.0, 40.0)
 
 
 def settings(steps: int, extra: tuple[str, ...] = ()) -> list[Setting]:
-    """Return every setting that is tried at a step count, the exact run not among them; `extra` are further ones of ours, as text."""
+    """Return every setting tried at a step count, the exact run not among them; `extra` are further ones of ours, as text."""
     found = [*_fewer(steps), *_diffusers(steps), *_cache_dit(steps), *_ours(steps)]
     found += [Setting.of(f"{OURS} {text.partition(':')[0]}", steps, set=text) for text in extra]
     return list({one.key: one for one in found}.values())
@@ -94,7 +94,7 @@ def _cache_dit(steps: int) -> Iterator[Setting]:
             yield Setting.of(method, steps, residual_diff_threshold=0.24, **(base | {"max_warmup_steps": 8}))
 
 
-FITTED = {28: (4, 5, 6, 7, 8, 9, 10, 12, 14), 50: (4, 5, 6, 7, 8, 10, 12, 15)}
+FITTED = {28: (3, 4, 5, 6, 7, 8, 9, 10, 12, 14), 50: (3, 4, 5, 6, 7, 8, 10, 12, 15)}
 """Full steps of the fitted step forecasts, by step count."""
 TRAINED_ON = 24
 """Pictures that step forecasts are fitted to: concepts that are in none of the prompts."""

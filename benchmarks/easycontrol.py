@@ -60,6 +60,11 @@ def candidates(model: Any, side: int) -> dict[str, tuple[list[Use], Memory]]:
     return found
 
 
+def bytes_of(conditions: int, side: int) -> int:
+    """Return what is kept by formula: keys and values, of each block, token and channel, four bytes each."""
+    return conditions * 2 * (DUAL + SINGLE) * side * side * WIDTH * 4
+
+
 @torch.no_grad()
 def main() -> None:
     """Measure and print; write the figures with --write."""
@@ -95,11 +100,10 @@ def main() -> None:
             "linear GFLOPs": linear / 1e9,
             "attention GFLOPs": (heard + alone) / 1e9,
             "bytes": memory.bytes,
+            "bytes by formula": bytes_of(len(uses), side) if memory.entries else 0,
         }
         runs[name] = run
-        if memory.bytes:
-            by_formula = len(uses) * 2 * (DUAL + SINGLE) * side * side * WIDTH * 4
-            assert memory.bytes == by_formula, (memory.bytes, by_formula)
+        assert memory.bytes == rows[name]["bytes by formula"], (name, rows[name])
     for name, timed in interleaved(runs, rounds=given.rounds).items():
         rows[name] |= {"seconds": timed["median"], "ratio": timed["ratio"]}
 

@@ -37,8 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, proce
         v,
         attn_mask=mask,
         backend=getattr(processor, "_attention_backend", None),
-        parallel_config=getattr(processor, "_parallel_config", None),
-    )
+    )  # where ranks share the sequence, dit.context_parallel stands around this call, not diffusers' exchange inside it
     return out
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,12 +49,14 @@ class ResampleCodec(ModelMixin, ConfigMixin):
         if self.conv_out.bias is not None:
             nn.init.zeros_(self.conv_out.bias)
 
+    @apply_forward_hook  # offloaded, it comes to the device when it is called by this name too
     def encode(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 3, H / 2, W / 2]. Raises: ValueError where a side does not divide."""
         if pictures.shape[-1] % self.scale_factor or pictures.shape[-2] % self.scale_factor:
             raise ValueError(f"sides {tuple(pictures.shape[-2:])} do not divide by {self.scale_factor}")
         return F.avg_pool2d(pictures, self.scale_factor)
 
+    @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 3, H / 2, W / 2] -> [B, 3, H, W]."""
         latents = latents.to(self.dtype)

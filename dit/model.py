@@ -16,6 +16,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
+from dit.context_parallel import Ranks, Share, refusal, resolved
 from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.routing import RouteDecision
@@ -42,6 +43,7 @@ class Context:
         residual: the stream before the norm of the perceptron [B, N, D], for experts that look at it.
         route: what the block's router decided for this call.
         segments: which text tokens belong to which of the others, where a clip has several scenes.
+        share: which tokens of the sequence this process has, where several share it; then mask and segments are the whole's.
     """
 
     grid: Grid | None
@@ -55,6 +57,7 @@ class Context:
     residual: Tensor | None = None
     route: RouteDecision | None = None
     segments: Segments | None = None
+    share: Share | None = None
     attention_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,6 +87,32 @@ class Backbone(
 
             losses |= parse(Experts, experts).losses(self)
         return losses
+
+    def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
+        """Share every sequence between the ranks of torch.distributed (diffusers' `ContextParallelConfig`), for inference.
+
+        Raises: ValueError for a network whose slots ranks cannot share, in words.
+        """
+        reason = refusal(self)
+        if reason is not None:
+            raise ValueError(reason)
+        super().enable_parallelism(config=config, cp_plan=cp_plan)
+
+    def _resolve_parallel_config(self, config: Any) -> Any:
+        return resolved(self, config)
+
+    def _shared(
+        self, context: Context, x: Tensor, text: Tensor | None = None
+    ) -> tuple[Share | None, Context, Tensor, Tensor]:
+        """Return who has what of a sequence, and this rank's context, picture and text tokens; all of them in a single process."""
+        words = x[:, :0] if text is None else text
+        if self._parallel_config is None or context.grid is None:
+            return None, context, x, words
+        from dit.mixers.full import Mixer
+
+        frames = parse(Mixer, self.config["mixer"]).shared == "frames"
+        share = Share.of(Ranks.of(self._parallel_config), context.grid, words.shape[1], frames=frames)
+        return share, share.context(context), share.cut(x), share.cut_text(words)
 
     def _run(self, block: nn.Module, **inputs: Any) -> Any:
         """Call a block with keywords, through gradient checkpointing when that is on."""

@@ -115,8 +115,10 @@ class SceneBlock(nn.Module):
 def _vectors(found: tuple[Tensor, ...], context: Context) -> tuple[list[Tensor], list[Tensor]]:
     """Deal the vectors of all scenes, three for the video and three for the text, out to the tokens of each."""
     assert context.segments is not None
-    moving = [spread(one, context.segments.video) for one in found[:3]]
-    return moving, [spread(one, context.segments.text) for one in found[3:]]
+    video, text = context.segments.video, context.segments.text
+    if context.share is not None:
+        video, text = context.share.counts(video), context.share.counts(text, text=True)
+    return [spread(one, video) for one in found[:3]], [spread(one, text) for one in found[3:]]
 
 
 register_block(SceneBlock, hidden_states=1, encoder_hidden_states=0)

@@ -122,3 +122,19 @@ def spread(vectors: Tensor, counts: Sequence[int]) -> Tensor:
         one.expand(-1, count, -1) for one, count in zip(vectors.split(1, dim=1), counts, strict=True) if count
     ]
     return torch.cat(parts, dim=1)
+
+
+def joined_captions(tokens: Tensor, mask: Tensor, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Join the captions of scenes for a network that hears text by cross-attention.
+
+    Args:
+        tokens: captions [B, S, L, D]. mask: their real tokens [B, S, L]. frames: frames of each scene, F in all.
+
+    Returns:
+        one text [B, S L, D], and what each frame hears of it, its own caption: [B, F, S L].
+    """
+    batch, scenes, length = mask.shape
+    own = torch.eye(scenes, dtype=torch.bool, device=mask.device)
+    heard = (own[None, :, :, None] & mask.bool()[:, None]).reshape(batch, scenes, scenes * length)
+    counts = torch.tensor(list(frames), device=mask.device)
+    return tokens.flatten(1, 2), heard.repeat_interleave(counts, dim=1)

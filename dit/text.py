@@ -81,6 +81,14 @@ def load_minilm(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
+def _device_of(encoder: Any) -> Any:
+    """Return where an encoder computes; one that is offloaded part by part holds no weights, its hook knows the place."""
+    if encoder.device.type != "meta":
+        return encoder.device
+    places = (getattr(getattr(one, "_hf_hook", None), "execution_device", None) for one in encoder.modules())
+    return next((place for place in places if place is not None), encoder.device)
+
+
 def encode(tokenizer: Any, encoder: Any, prompts: Sequence[str], *, limit: int = 64, length: int | None = None) -> Prompt:
     """Encode prompts with at most `limit` tokens each (two of them marks), padded to the longest or to `length`.
 
@@ -94,7 +102,7 @@ def encode(tokenizer: Any, encoder: Any, prompts: Sequence[str], *, limit: int =
         truncation=True,
         max_length=size,
         return_tensors="pt",
-    ).to(encoder.device)
+    ).to(_device_of(encoder))
     mask = batch["attention_mask"].bool()
     states = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     states = states.masked_fill(~mask.unsqueeze(-1), 0.0)

@@ -8,13 +8,29 @@ from typing import Any
 
 from pipelines.request import Request, RequestError
 
-NOT_TUNED = ("seed", "images", "image", "strength", "class_label", "profile")
+NOT_TUNED = (
+    "seed", "images", "image", "strength", "class_label", "profile", "fps", "prompts", "last_image", "clip", "task", "given",
+    "every", "keyframes", "region", "mask", "window", "overlap", "window_seeds", "scene_frames", "tiling",
+)  # fmt: skip
 """Fields of a request that a profile is not bound to."""
 MINUTES = "5"
 
 
-def add_compare(one: argparse.ArgumentParser) -> None:
-    """Add what `compare` takes beside a request."""
+def add_commands(commands: Any) -> None:
+    """Add `compare` and `tune`."""
+    from pipelines import cli
+
+    about = "measure what an accelerator costs and gains, or how far two files differ"
+    one = cli._command(commands, "compare", _compare, about)
+    cli._request_options(one)
+    _add_compare(one)
+    about = "search the accelerators that are fastest at a wished likeness, and write a profile"
+    one = cli._command(commands, "tune", _tune, about)
+    _add_tune(one)
+    cli._setting_options(one, NOT_TUNED)
+
+
+def _add_compare(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "other", nargs="?", metavar="FILE", help="with a file in place of the prompt: the second file"
     )
@@ -23,7 +39,7 @@ def add_compare(one: argparse.ArgumentParser) -> None:
     )
 
 
-def compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> int:
     """Compare a request with its exact run, or two files; return the exit code."""
     from pipelines import cli, measure
 
@@ -40,10 +56,9 @@ def compare(options: argparse.Namespace) -> int:
     return cli.SOME_FAILED if measured.failures else cli.DONE
 
 
-def add_tune(one: argparse.ArgumentParser) -> None:
-    """Add what `tune` takes beside the settings that it tunes for."""
+def _add_tune(one: argparse.ArgumentParser) -> None:
     one.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="what to draw (default: the model card's examples)"
+        "wanted", nargs="*", metavar="PROMPT", help="what to draw (default: the model card's examples)"
     )
     wish = one.add_mutually_exclusive_group()
     wish.add_argument(
@@ -60,7 +75,7 @@ def add_tune(one: argparse.ArgumentParser) -> None:
     )
 
 
-def tune(options: argparse.Namespace) -> int:
+def _tune(options: argparse.Namespace) -> int:
     """Search and write a profile; return the exit code."""
     from pipelines import cli
     from pipelines.tune import tune as search
@@ -70,7 +85,7 @@ def tune(options: argparse.Namespace) -> int:
     settings = Request.from_dict({"prompt": "-"} | values)
     with cli.progress(options) as on_step:
         tuned = search(
-            settings.model, budget, _minutes(options.minutes), settings=settings, prompts=options.prompts,
+            settings.model, budget, _minutes(options.minutes), settings=settings, prompts=options.wanted,
             output=_output(options.output), on_step=on_step, tell=_quiet if options.quiet else cli.tell,
         )  # fmt: skip
     cli.say(options, str(tuned), tuned.to_dict())

@@ -6,6 +6,9 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from pipelines.catalog import Card
+from pipelines.clip_calls import clip_arguments
+from pipelines.inputs import NOTHING, Inputs
+from pipelines.panel_sets import panel_arguments
 from pipelines.request import Request, RequestError
 
 if TYPE_CHECKING:
@@ -23,8 +26,10 @@ def default_of(pipeline: Any, name: str) -> Any:
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
-def arguments(pipeline: Any, request: Request, card: Card, image: Image | None) -> dict[str, Any]:
-    """Return the keyword arguments that make the one picture of `request`.
+def arguments(
+    pipeline: Any, request: Request, card: Card, image: Image | None, inputs: Inputs = NOTHING
+) -> dict[str, Any]:
+    """Return the keyword arguments that make the one picture of `request`, for `perform`.
 
     Raises:
         RequestError: a field that this pipeline has no use for.
@@ -38,17 +43,24 @@ def arguments(pipeline: Any, request: Request, card: Card, image: Image | None) 
             wanted |= {"strength": request.strength}
         if request.width is None and request.height is None and not takes(pipeline, "guidance_mode"):
             wanted |= _fitted(image, card.multiple)
+    wanted |= panel_arguments(request)
+    if card.task == "text-to-video":
+        wanted |= clip_arguments(pipeline, request, card, inputs)
+    windows = ("window", "overlap") if "overlap" in wanted else ()  # of a long clip; no pipeline's own
     for name, value in wanted.items():
-        if value is not None and not takes(pipeline, name):
+        if value is not None and name not in windows and not takes(pipeline, name):
             field = {
                 "num_inference_steps": "steps",
                 "guidance_scale": "guidance",
                 "num_frames": "frames",
+                "video": "clip",
+                "given": "clip",
+                "frame_rate": "fps",
             }.get(name, name)
             raise RequestError(field, value, f"left out: {type(pipeline).__name__} does not take it")
     given = {name: value for name, value in wanted.items() if value is not None}
     if takes(pipeline, "seeds"):
-        given |= {"seeds": [request.seed], "guidance_mode": request.guidance_mode}
+        given = {"seeds": [request.seed], "guidance_mode": request.guidance_mode} | given
     else:
         given["generator"] = torch.Generator("cpu").manual_seed(request.seed)
     if takes(pipeline, "use_resolution_binning"):
@@ -56,6 +68,28 @@ def arguments(pipeline: Any, request: Request, card: Card, image: Image | None) 
     if takes(pipeline, "clean_caption"):
         given["clean_caption"] = False
     return given | {"output_type": "np"}
+
+
+def perform(pipeline: Any, given: dict[str, Any]) -> Any:
+    """Call a pipeline with what `arguments` returned; of a long clip once for each window."""
+    if "overlap" in given:
+        from pipelines.long_clips import long_clip
+
+        return long_clip(pipeline, **given)
+    return pipeline(**given)
+
+
+def runs_of(pipeline: Any, given: dict[str, Any]) -> int:
+    """Return how often the denoising loop runs: once, or for each window of a clip or further scene of a story."""
+    if "overlap" in given:
+        from pipelines.long_clips import windows
+
+        return len(windows(given["num_frames"], given["window"], given["overlap"]))
+    if takes(pipeline, "scene_frames"):
+        from pipelines.story_to_video import runs_of as runs_of_story
+
+        return runs_of_story(pipeline, given)
+    return 1
 
 
 def finished(output: Any) -> tuple[list[Image], list[str]]:
@@ -81,7 +115,7 @@ def finished(output: Any) -> tuple[list[Image], list[str]]:
 
 def _plain(request: Request, card: Card) -> dict[str, Any]:
     return {
-        "prompt": None if card.takes_class else request.prompt,
+        "prompt": None if card.takes_class or request.prompts is not None else request.prompt,
         "class_labels": [request.class_label] if card.takes_class else None,
         "width": request.width or card.width,
         "height": request.height or card.height,

@@ -183,6 +183,15 @@ def unload() -> None:
         _loaded.clear()
 
 
+def forget_others(pipeline: Any) -> int:
+    """Forget every loaded model but one; return how many."""
+    with _guard:
+        others = [key for key, loaded in _loaded.items() if loaded.pipeline is not pipeline]
+        for key in others:
+            del _loaded[key]
+    return len(others)
+
+
 def device_for(device: str) -> str:
     """Return the device that a request's `device` stands for on this machine. Raises: Unavailable."""
     import torch
@@ -262,7 +271,8 @@ def card_of(folder: Path, name: str) -> Card:
 
 def digest_of(folder: Path) -> str:
     """Return a digest of the weights and configs of a folder; beyond 1 GB each file is sampled, and the name says so."""
-    files = [*weight_files(folder), folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]
+    own = [file for file in weight_files(folder) if file.parent.name != "adapters"]  # which come and go beside a model
+    files = [*own, folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]
     full = sum(file.stat().st_size for file in files) <= _FULL_DIGEST
     total = hashlib.sha256()
     for file in files:
@@ -285,6 +295,8 @@ def _load(folder: Path, card: Card, dtype: str, device: str) -> Loaded:
     import torch
     from diffusers import DiffusionPipeline
 
+    from pipelines.ladder import place
+
     start = time.perf_counter()
     index = read_index(folder)
     name = index["_class_name"]
@@ -301,7 +313,7 @@ def _load(folder: Path, card: Card, dtype: str, device: str) -> Loaded:
             pipeline = kind.from_pretrained(
                 str(folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
             )
-        pipeline.to(device)
+        place(pipeline, device)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(
@@ -344,6 +356,8 @@ def _derived(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
         }
     elif any(part in name for part in ("Video", "Wan", "Mochi", "LTX", "CogVideo", "Latte", "Allegro")):
         found["task"] = "text-to-video"
+    if isinstance(transformer.get("frames"), int) and name in OWN:
+        found["frames"] = transformer["frames"] * transformer.get("scenes", 1)
     side = transformer.get("sample_size")
     if isinstance(side, int) and name in OWN:
         found |= {"width": side * factor, "height": side * factor}

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipelines import _measuring
+from pipelines import _batching, _clipping, _examining, _gridding, _measuring, _serving, controls
 from pipelines.form import add_options, fields, read
 from pipelines.request import Request, RequestError
 
@@ -27,7 +27,7 @@ DONE, BAD_INPUT, SOME_FAILED, ENVIRONMENT, NO_DISK, NOT_REPRODUCIBLE = range(6)
 INPUT_LIMIT = 1_000_000
 
 _FLAGS = {"negative_prompt": "negative", "class_label": "class"}
-_OWN_OPTIONS = ("prompt", "accelerators")
+_OWN_OPTIONS = ("prompt", "accelerators", "controls", "loras")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,42 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     one = _command(commands, "generate", _generate, "make pictures from a prompt")
     _request_options(one)
-    one.add_argument(
-        "--output", metavar="FILE", help="PNG file or folder (default: a new name in this folder)"
-    )
+    _clipping.add_output(one)
     one.add_argument("--overwrite", action="store_true", help="replace files that are there")
     one.add_argument("--dry-run", action="store_true", help="check everything, make nothing")
-    one = _command(
-        commands, "inspect", _inspect, "show what is in a picture, a weight file or a model folder"
-    )
-    one.add_argument("path", metavar="FILE|FOLDER")
-    one.add_argument(
-        "--timeline", metavar="SVG", help="draw the run of a picture, steps by blocks, into a new file"
-    )
-    one = _command(
-        commands,
-        "compare",
-        _measuring.compare,
-        "measure what an accelerator costs and gains, or how far two files differ",
-    )
-    _request_options(one)
-    _measuring.add_compare(one)
-    one = _command(
-        commands,
-        "tune",
-        _measuring.tune,
-        "search the accelerators that are fastest at a wished likeness, and write a profile",
-    )
-    _measuring.add_tune(one)
-    _setting_options(one, _measuring.NOT_TUNED)
-    _command(commands, "models", _models, "list the shipped models")
-    _command(commands, "doctor", _doctor, "check this computer")
-    one = _command(commands, "repro", _repro, "remake a picture from its file and compare")
-    one.add_argument("path", metavar="FILE")
-    one.add_argument(
-        "--model", metavar="MODEL", help="the model, where the file names one that is not shipped"
-    )
-    one.add_argument("--image", metavar="FILE", help="the starting picture, where there was one")
+    _measuring.add_commands(commands)
+    _examining.add_commands(commands)
+    _serving.add_commands(commands)
+    _batching.add_commands(commands)
+    _gridding.add_commands(commands)
     return parser
 
 
@@ -113,6 +85,7 @@ def _setting_options(one: argparse.ArgumentParser, left_out: Sequence[str] = ())
     names = (*_OWN_OPTIONS, *left_out)
     add_options(one, [field for field in fields(Request) if field.name not in names], _FLAGS)
     one.add_argument("--size", metavar="N|WxH", help="width and height at once")
+    controls.add_options(one)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -121,10 +94,11 @@ def _generate(options: argparse.Namespace) -> int:
         return _dry_run(options, request)
     from pipelines.generate import generate
 
-    target = _target(options)
+    target, keep = _target(options), _clipping.kept(options)
     with progress(options) as on_step:
-        result = generate(request, on_step=on_step)
+        result = generate(request, on_step=on_step, keep=keep)
     paths = result.save(target, overwrite=options.overwrite)
+    keep.forget()
     for warning in result.report["warnings"]:
         tell(f"warning: {warning}")
     if not options.json:
@@ -154,7 +128,7 @@ def request_of(options: argparse.Namespace) -> Request:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of a request that were given as options. Raises: RequestError."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = controls.given(options)
     if options.size is not None:
         sides = options.size.lower().split("x")
         if not 1 <= len(sides) <= 2 or not all(sides):
@@ -197,64 +171,6 @@ def _target(options: argparse.Namespace) -> Path | None:
     path = Path(options.output).expanduser() if options.output else None
     check_target(path, overwrite=options.overwrite)
     return path
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from pipelines.inspection import inspect
-
-    found = inspect(Path(options.path).expanduser())
-    if options.timeline:
-        found["timeline"] = _draw(found, Path(options.timeline).expanduser())
-    say(options, _lines(found), found)
-    return DONE
-
-
-def _draw(found: dict[str, Any], path: Path) -> str:
-    from pipelines.result import check_target
-    from pipelines.timeline import drawing
-
-    report = found.get("report") or {}
-    try:
-        text = drawing(report.get("run", {}), report.get("summary", ""))
-    except ValueError as error:
-        raise RequestError("timeline", str(path), f"left out here: {error}") from None
-    if path.suffix.lower() != ".svg" or path.exists():
-        raise RequestError("timeline", str(path), "a new file with the ending .svg")
-    check_target(path.absolute().parent)
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def _models(options: argparse.Namespace) -> int:
-    from pipelines import catalog
-
-    cards = catalog.shipped()
-    rows = [
-        f"{name}\t{card.width}x{card.height} px\t{card.task}\t{card.title or card.summary}"
-        for name, card in cards.items()
-    ]
-    rows.append(
-        "also: any folder saved by a diffusers pipeline, or a hub id such as org/name (safetensors only)"
-    )
-    say(options, "\n".join(rows), {"models": {name: _card(card) for name, card in cards.items()}})
-    return DONE
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from pipelines.inspection import examine
-
-    found = examine(Path.cwd())
-    say(options, _lines(found), found)
-    return ENVIRONMENT if found["problems"] else DONE
-
-
-def _repro(options: argparse.Namespace) -> int:
-    from pipelines.repro import repro
-
-    with progress(options) as on_step:
-        verdict = repro(options.path, model=options.model, image=options.image, on_step=on_step)
-    say(options, str(verdict), verdict.to_dict())
-    return DONE if verdict.same else NOT_REPRODUCIBLE
 
 
 def _guarded(options: argparse.Namespace) -> int:
@@ -351,24 +267,6 @@ def _fail(options: argparse.Namespace, code: int, sentence: str, field: str | No
         print(json.dumps({"error": {"code": code, "field": field, "message": sentence}}))
     tell(f"leapfrog: {sentence}")
     return code
-
-
-def _lines(found: dict[str, Any], indent: str = "") -> str:
-    lines = []
-    for key, value in found.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", _lines(value, indent + "  ")] if value else []
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines.append(f"{indent}{key}: {len(value)} entries")
-        else:
-            lines.append(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    return "\n".join(lines)
-
-
-def _card(card: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(card)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -86,7 +86,7 @@ def _help(one: Knob) -> str:
         parts.append("one of " + ", ".join(map(str, one.choices)))
     elif one.low is not None and one.high is not None:
         parts.append(f"{_plain(one.low)} to {_plain(one.high)}" + (f" {one.unit}" if one.unit else ""))
-    default = "the model's own" if one.default is None and one.name != "image" else one.default
+    default = "the model's own" if one.default is None and one.name not in ("image", "mask") else one.default
     return "; ".join(parts) + (f" (default: {default})" if default not in ("", (), None) else "")
 
 

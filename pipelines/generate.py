@@ -8,35 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import io
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import catalog, machine, profile
+from pipelines import catalog, controls, machine, profile, ranks
+from pipelines._kept import Latents, slot_of
 from pipelines._retry import instead
-from pipelines.calls import arguments, default_of, finished, takes
+from pipelines.calls import arguments, default_of, finished, perform, runs_of, takes
 from pipelines.catalog import Card, Loaded
+from pipelines.clip_calls import check_clip
+from pipelines.clip_memory import check_memory
+from pipelines.decoding import tiled
+from pipelines.families import fps_of, variant
+from pipelines.inputs import Inputs, read_inputs
+from pipelines.ladder import Rung, climbing
 from pipelines.networks import accelerated_networks, check_accelerators, reported
+from pipelines.panel_sets import apart, check_panels
 from pipelines.request import Request, RequestError
 from pipelines.result import Picture, Result, pixel_hash
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-PIXEL_LIMIT = 64_000_000
-"""Most pixels of a starting picture."""
-BYTE_LIMIT = 64_000_000
-"""Most bytes of a starting picture's file."""
-
+    pass
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
     """Where a run stands: evaluation `step` of `steps` (0 before the first), phase, seconds since the request began.
 
-    Phases: load, encode, denoise, decode. `picture` counts from 0.
+    Phases: load, encode, denoise, decode; memory where it ran out, with a `note` of what is done. `picture` counts from 0.
     """
 
     step: int
@@ -44,6 +43,7 @@ class Progress:
     phase: str
     seconds: float
     picture: int = 0
+    note: str = ""
 
 
 OnStep = Callable[[Progress], object]
@@ -53,11 +53,18 @@ class Cancelled(Exception):
     """The run was stopped because `on_step` returned False; nothing was decoded."""
 
 
-def generate(request: Request, *, on_step: OnStep | None = None, retry: bool = True) -> Result:
+def generate(
+    request: Request,
+    *,
+    on_step: OnStep | None = None,
+    retry: bool = True,
+    keep: Latents | None = None,
+) -> Result:
     """Make the pictures of a request.
 
     Args:
         on_step: called with a `Progress` at every phase and after every evaluation; returning False stops the run.
+        keep: where latents are kept until they are decoded; with a folder they outlive the process, and `forget` deletes them.
         retry: make a picture again, exactly, where the accelerated one holds NaN or one colour; its report says so.
 
     Raises:
@@ -65,37 +72,38 @@ def generate(request: Request, *, on_step: OnStep | None = None, retry: bool = T
         Unavailable: no such device, or a hub that cannot be reached.
         Cancelled: stopped by `on_step`.
     """
-    watch = _Watch(on_step)
+    watch = _Watch(on_step, keep)
     watch.tell("load")
     folder, card = catalog.prepare(catalog.find(request.model))
     check(request, card)
+    ranks.check(request)
     tuned, named = profile.find(request), request.profile
     if tuned is not None:
         profile.check(tuned, request, card)
-    image, image_digest = _read_image(request.image)
+    inputs = controls.steered(request, card, folder, read_inputs(request, card))
+    check_memory(request, card, folder)
     start = time.perf_counter()
     loaded = catalog.load_folder(folder, card, request.dtype, request.device)
     loading = time.perf_counter() - start
     with loaded.lock:
         if tuned is not None:
             request = profile.resolved(
-                tuned, request, loaded, arguments(loaded.pipeline, request, card, image)
+                tuned, request, loaded, arguments(loaded.pipeline, request, card, inputs.image, inputs)
             )
         check_accelerators(request, loaded.pipeline)
         made = []
         for index in range(request.images):
             watch.picture = index
-            made.append(_picture(request.one(index), loaded, image, watch))
+            made.append(_climbed(request.one(index), loaded, inputs, watch))
             if retry and made[-1].report["failures"] and request.accelerators:
                 plain = made[-1].request.replace(accelerators=(), profile=None)
-                made[-1] = instead(made[-1], _picture(plain, loaded, image, watch))
+                made[-1] = instead(made[-1], _climbed(plain, loaded, inputs, watch))
     for picture in made:
         picture.report["timings"] = {"load": loading} | picture.report["timings"]
-        if image_digest:
-            picture.report["image"] = image_digest
+        picture.report.update(inputs.digests)
         if tuned is not None:
             picture.report["profile"] = profile.noted(tuned, named)
-    return Result(tuple(made), request, _whole(made, loading))
+    return Result(apart(made), request, _whole(made, loading))
 
 
 def check(request: Request, card: Card) -> None:
@@ -113,28 +121,77 @@ def check(request: Request, card: Card) -> None:
         if side is not None and (side % card.multiple or not card.low <= side <= card.high):
             allowed = f"a multiple of {card.multiple} from {card.low} to {card.high} px for {card.name}"
             raise RequestError(name, side, allowed)
-    if (request.frames or 1) > 1 and card.task != "text-to-video":
-        raise RequestError("frames", request.frames, f"left out: {card.name} makes still pictures")
+    check_clip(request, card)
+    check_panels(request, card)
 
 
 def _classes(card: Card) -> str:
     return f" from 0 to {card.classes - 1}" if card.classes else ""
 
 
-def _picture(request: Request, loaded: Loaded, image: Image | None, watch: _Watch) -> Picture:
+def _climbed(request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch) -> Picture:
+    """Make one picture, with the memory ladder behind it."""
+
+    def tell(rung: Rung) -> None:
+        watch.tell("memory", note=f"{rung.name}: {rung.words}")
+
+    if not ranks.alone():  # a rank that began again by itself would leave the others waiting
+        return _picture(request, loaded, inputs, watch)
+    return climbing(loaded, lambda: watch.phase, tell, lambda: _picture(request, loaded, inputs, watch))
+
+
+def _performed(
+    request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch, pipeline: Any
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Run a pipeline, or decode what is kept of this picture; return its output, arguments, and report of the networks."""
     start = time.perf_counter()
-    with _prepared(loaded.pipeline, request, image) as pipeline:
-        given = arguments(pipeline, request, loaded.card, image)
-        with watch.watching(pipeline, given, start), accelerated_networks(pipeline, request, given) as runs:
-            watch.tell("encode")
-            try:
-                output = pipeline(**given)
-            except (ValueError, TypeError, NotImplementedError) as error:
-                raise _explained(error, request) from error
-        end = time.perf_counter()
+    slot = slot_of(request, loaded, inputs.digests)
+    given = arguments(pipeline, request, loaded.card, inputs.image, inputs)
+
+    def run() -> Any:
+        watch.tell("decode")
+        return perform(pipeline, given)
+
+    kept = watch.kept.decoded(pipeline, slot, run)
+    if kept is not None:
+        output, noted = kept
+        decode = {"decode": time.perf_counter() - start}
+        return output, given, noted | {"timings": noted["timings"] | decode, "resumed": "from kept latents"}
+    given = arguments(pipeline, request, loaded.card, inputs.image, inputs)  # with a generator that is not used up
+
+    def noted_so_far() -> dict[str, Any]:
+        return reported(runs, watch.calls) | {"timings": watch.timings(start, watch.last)}
+
+    with (
+        watch.watching(pipeline, given, start),
+        controls.steering(pipeline, given, request, inputs),
+        accelerated_networks(pipeline, request, given) as runs,
+        ranks.shared_networks(pipeline),  # last: accelerators are to see a rank's own tokens
+        watch.kept.keeping(pipeline, slot, noted_so_far),
+    ):
+        watch.tell("encode")
+        try:
+            output = perform(pipeline, given)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise _explained(error, request) from error
+    end = time.perf_counter()
+    return output, given, reported(runs, watch.calls) | {"timings": watch.timings(start, end)}
+
+
+def _picture(request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch) -> Picture:
+    with _prepared(loaded.pipeline, request, inputs) as pipeline:
+        output, given, noted = _performed(request, loaded, inputs, watch, pipeline)
         effective = _effective(pipeline, request, given, loaded)
+        if loaded.card.task == "text-to-video":
+            effective["fps"] = fps_of(pipeline, request, loaded.card, inputs)
         warnings = _cut_prompt(pipeline, request.prompt, given)
     frames, failures = finished(output)
+    frames = frames if inputs.inpainting is None else inputs.inpainting.finished(frames)
+    if request.frames not in (None, len(frames)):
+        warnings.append(f"asked for {request.frames} frames, made {len(frames)}: the nearest that it can")
+    if "overlap" in given:
+        count, window = runs_of(pipeline, given), given["window"]
+        warnings.append(f"made in {count} windows of {window} frames, {given['overlap']} or more of them given")
     made = (frames[0].width, frames[0].height)
     asked = (request.width or made[0], request.height or made[1])
     if made != asked:
@@ -149,13 +206,15 @@ def _picture(request: Request, loaded: Loaded, image: Image | None, watch: _Watc
             "effective": effective
             | {"width": frames[0].width, "height": frames[0].height, "frames": len(frames)},
             "exact": not request.accelerators,
-            **reported(runs, watch.calls),
-            "timings": watch.timings(start, end),
+            **noted,
+            **ranks.noted(),
+            **controls.noted(inputs, noted["summary"]),
             "peak_memory_mb": machine.peak_memory(loaded.device),
             "versions": machine.versions(),
             "weights": loaded.digest,
             "warnings": warnings + failures,
             "failures": failures,
+            **({"panels": output.record} if request.panels is not None else {}),
         },
     )
 
@@ -172,24 +231,16 @@ def _explained(error: Exception, request: Request) -> Exception:
 
 
 @contextlib.contextmanager
-def _prepared(pipeline: Any, request: Request, image: Image | None) -> Iterator[Any]:
+def _prepared(pipeline: Any, request: Request, inputs: Inputs) -> Iterator[Any]:
     """Yield the pipeline for this task with a fresh scheduler of the kind asked for; the model's own stands again after."""
     from pipelines.schedulers import scheduler_for
 
-    starts = takes(pipeline, "image", "strength") or takes(pipeline, "image", "num_frames")  # a picture, or a first frame
-    if image is not None and not starts:
-        from diffusers import AutoPipelineForImage2Image
-
-        try:
-            pipeline = AutoPipelineForImage2Image.from_pipe(pipeline)
-        except (ValueError, AttributeError):
-            raise RequestError(
-                "image", request.image, f"left out: {request.model} cannot start from a picture"
-            ) from None
+    pipeline = variant(pipeline, request, inputs)
     before = pipeline.scheduler
     pipeline.scheduler = scheduler_for(request.scheduler, before)
     try:
-        yield pipeline
+        with tiled(pipeline, request.tiling):
+            yield pipeline
     finally:
         pipeline.scheduler = before
 
@@ -256,45 +307,19 @@ def _cut_prompt(pipeline: Any, prompt: str, given: dict[str, Any]) -> list[str]:
     return found
 
 
-def _read_image(path: str | None) -> tuple[Image | None, dict[str, str] | None]:
-    """Open a starting picture. Raises: RequestError, before anything large is decoded."""
-    if path is None:
-        return None, None
-    from PIL import Image, ImageOps
-
-    file = Path(path).expanduser()
-    try:
-        if file.stat().st_size > BYTE_LIMIT:
-            raise RequestError("image", path, f"a file of at most {BYTE_LIMIT // 1_000_000} MB")
-        data = file.read_bytes()
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP")) as opened:
-            if opened.width * opened.height > PIXEL_LIMIT:
-                raise RequestError(
-                    "image",
-                    f"{opened.width}x{opened.height}",
-                    f"at most {PIXEL_LIMIT // 1_000_000} million pixels",
-                )
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except RequestError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RequestError("image", path, f"at most {PIXEL_LIMIT // 1_000_000} million pixels") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RequestError("image", path, f"a readable PNG, JPEG, WebP or BMP picture ({error})") from None
-    return picture, {"name": file.name, "sha256": hashlib.sha256(data).hexdigest()}
-
-
 class _Watch:
     """Tell the caller where a run stands, and measure its phases by the first and last call of the network."""
 
-    def __init__(self, on_step: OnStep | None) -> None:
+    def __init__(self, on_step: OnStep | None, kept: Latents | None) -> None:
         self.on_step, self.begin, self.picture = on_step, time.perf_counter(), 0
+        self.phase, self.kept = "load", Latents() if kept is None else kept
         self.calls, self.first, self.last = 0, 0.0, 0.0
 
-    def tell(self, phase: str, step: int = 0, steps: int = 0) -> None:
+    def tell(self, phase: str, step: int = 0, steps: int = 0, note: str = "") -> None:
         """Raises: Cancelled if the caller answers False."""
+        self.phase = phase if phase != "memory" else self.phase
         if self.on_step is not None:
-            progress = Progress(step, steps, phase, time.perf_counter() - self.begin, self.picture)
+            progress = Progress(step, steps, phase, time.perf_counter() - self.begin, self.picture, note)
             if self.on_step(progress) is False:
                 raise Cancelled(f"stopped at step {step} of {steps}" if steps else f"stopped before {phase}")
 
@@ -305,6 +330,7 @@ class _Watch:
 
         network = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
         self.calls, self.first, self.last, done = 0, start, start, 0
+        runs = runs_of(pipeline, given)
 
         def before(*_: Any) -> None:
             self.calls += 1
@@ -316,7 +342,7 @@ class _Watch:
 
         def stepped(total: int) -> None:
             nonlocal done
-            done += 1
+            done, total = done + 1, total * runs
             self.tell("denoise", done, total)
             if done == total:
                 _wait_for(network)

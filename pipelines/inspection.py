@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import catalog, machine
-from pipelines.metadata import read_metadata
+from pipelines.metadata import FRAMES_JSON, read_metadata
 from pipelines.request import RequestError
 from pipelines.result import SaveError, check_target
 from pipelines.safe import Header, ModelError, check_folder, check_weights, components, weight_files
+from pipelines.video_files import FORMATS
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -22,12 +23,16 @@ def inspect(path: Path) -> dict[str, Any]:
         RequestError: nothing there, or nothing known; ModelError: weights that would be refused.
     """
     if path.is_dir():
-        return _folder(path)
+        return {"kind": "picture"} | read_metadata(path) if (path / FRAMES_JSON).exists() else _folder(path)
     if not path.exists():
         raise RequestError("file", str(path), "a file or a folder that exists")
-    if path.suffix.lower() in (".png", ".json"):
+    if path.suffix.lower() in (".json", *FORMATS):
         return {"kind": "picture"} | read_metadata(path)
-    return {"kind": "weights", "file": str(path)} | _weights(check_weights(path))
+    from pipelines.controls import described
+
+    found = {"kind": "weights", "file": str(path)} | _weights(check_weights(path))
+    adapter = described(path)
+    return found | ({"kind": "adapter", "adapter": adapter} if adapter else {})
 
 
 def examine(folder: Path) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.clips import Task
+from pipelines.denoising import check_choice
 from pipelines.request import RequestError
 from pipelines.text_to_video import ClipOutput
 
@@ -94,6 +94,7 @@ def long_clip(
     """
     window = int(pipeline.transformer.config.frames) if window is None else window
     window = min(window, num_frames)
+    check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
     if window < 1:
         raise RequestError("num_frames", num_frames, "at least 1")
     plan = (
@@ -105,7 +106,7 @@ def long_clip(
     if len(seeds) not in (1, len(plan)):
         raise RequestError("seeds", len(seeds), f"one, or one for each of the {len(plan)} windows")
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-    parts: list[Any] = []
+    shown: Any = None
     latents: Tensor | None = None
     given: dict[str, Any] = dict(more)
     for index, (start, known) in enumerate(plan):
@@ -116,20 +117,14 @@ def long_clip(
         if prompts is not None:
             given["prompt"] = prompts[max(first for first in prompts if first <= start + known)]
         generator = generators[index if len(generators) > 1 else 0]
-        made = pipeline(num_frames=window, generator=[generator], output_type=output_type, **given)
+        made = pipeline(num_frames=window, generator=[generator], output_type="latent", **given)
         if made.latents is None:  # interrupted
             return ClipOutput(frames=[], latents=latents)
+        shown = made.shown if latents is None else shown
         new = made.latents[:, :, known:]
         latents = new if latents is None else torch.cat([latents, new], dim=2)
-        parts.append([made.frames[0][known:]] if output_type == "pil" else made.frames[:, known:])
         if on_window is not None:
             on_window(index, len(plan), latents)
-    return ClipOutput(frames=_together(parts, latents, output_type), latents=latents)
-
-
-def _together(parts: list[Any], latents: Any, output_type: str) -> Any:
-    if output_type == "latent":
-        return latents
-    if output_type == "pil":
-        return [[frame for part in parts for frame in part[0]]]
-    return torch.cat(parts, dim=1) if output_type == "pt" else np.concatenate(parts, axis=1)
+    assert latents is not None
+    whole = None if shown is None else shown.padded(num_frames)
+    return ClipOutput(pipeline.decode_latents(latents, output_type, whole), latents, whole)

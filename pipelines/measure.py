@@ -190,9 +190,9 @@ def compare(
 
 def files(a: str | Path, b: str | Path) -> Difference:
     """Compare two picture files. Raises: RequestError where one cannot be read or their sizes differ."""
-    from pipelines.generate import _read_image
+    from pipelines.inputs import read_image
 
-    pictures = [_read_image(str(one))[0] for one in (a, b)]
+    pictures = [read_image(str(one))[0] for one in (a, b)]
     assert pictures[0] is not None
     assert pictures[1] is not None
     try:

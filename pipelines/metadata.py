@@ -1,4 +1,4 @@
-"""The request and report inside a saved picture: text chunks of a PNG, or a JSON file. Read as data, with limits."""
+"""The request and report inside a saved picture or clip: text of a PNG, MP4 or GIF, or a JSON file. Read as data, with limits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pipelines.request import RequestError
 
 KEY = "leapfrog"
 """Name of the text chunk that holds the JSON."""
+FRAMES_JSON = "request.json"
+"""The file with the request in a folder of frames."""
 LIMIT = 1_000_000
 """Most bytes of metadata that are read or written."""
 VERSION = 1
@@ -21,16 +23,24 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Return {"version", "request", "report"} from a saved PNG or its JSON sidecar.
+    """Return {"version", "request", "report"} from a saved PNG, MP4 or GIF, a folder of frames, or a JSON sidecar.
 
     Raises:
         RequestError: no such file, nothing of ours inside, too much of it, or not the expected shape.
     """
     path = Path(path)
+    path = path / FRAMES_JSON if path.is_dir() else path
     try:
         with path.open("rb") as file:
             head = file.read(len(_SIGNATURE))
-            text = _from_png(path, file) if head == _SIGNATURE else _from_json(path, head, file)
+            if head == _SIGNATURE:
+                text = _from_png(path, file)
+            elif head[:4] == b"GIF8" or head[4:8] == b"ftyp":
+                from pipelines.video_files import comment_of
+
+                text = comment_of(path, head, file)
+            else:
+                text = _from_json(path, head, file)
     except OSError as error:
         raise RequestError("file", str(path), f"a readable file ({error.strerror or error})") from None
     try:

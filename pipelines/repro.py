@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import catalog
+from pipelines import _clipping, catalog
+from pipelines.controls import confirmed
 from pipelines.generate import OnStep, generate
 from pipelines.metadata import read_metadata
 from pipelines.request import Request, RequestError
 from pipelines.result import Picture, pixel_hash
+from pipelines.video_files import LOSSY, lossy_copy, read_clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,27 +58,35 @@ class Verdict:
 
 
 def repro(
-    path: str | Path, *, model: str | None = None, image: str | None = None, on_step: OnStep | None = None
+    path: str | Path,
+    *,
+    model: str | None = None,
+    image: str | None = None,
+    on_step: OnStep | None = None,
+    **named: Any,
 ) -> Verdict:
     """Remake the picture of a file.
 
     Args:
         model, image: needed where the file names a model that is not shipped, or a starting picture: nothing that a file
             names is opened unless you name it too.
+        named: so too its `last_image` and `clip`, its `mask`, `controls` and `loras`, all of them in the order of the file.
 
     Raises:
         RequestError: the file holds no request, or names what you have to confirm.
     """
     found = read_metadata(path)
     request, was = Request.from_dict(found["request"]), found["report"]
-    request = request.replace(**_confirmed(request, was, model, image))
+    changes = _confirmed(request, was, model, image) | _clipping.confirmed(request, was, named)
+    request = request.replace(**changes, **confirmed(request, was, named))
     request = request.replace(**_as_it_ran(request, was))
     result = generate(request, on_step=on_step)
-    picture = result.pictures[0]
+    place = _part(was, "panels").get("index")
+    picture = result.pictures[place if isinstance(place, int) and 0 <= place < len(result.pictures) else 0]
     differs = compare(was, picture.report)
     timings = sum(result.report["timings"].values())
     if was.get("pixels") == picture.report["pixels"]:
-        altered = _altered(Path(path), was)
+        altered = _altered(Path(path), was, picture)
         return Verdict("different" if altered else "identical", None, None, differs | altered, timings)
     rms, largest, altered = _difference(Path(path), picture, was)
     verdict = "within noise" if rms is not None and rms <= NOISE else "different"
@@ -107,6 +117,14 @@ def _ingredients(report: dict[str, Any]) -> dict[str, Any]:
         "starting picture": _part(report, "image").get("sha256"),
         "accelerators": [effective.get("accelerators"), run.get("effective"), run.get("computed")],
     }
+    parts |= {
+        name: read["sha256"]
+        for name, read in report.items()
+        if isinstance(read, dict) and set(read) == {"name", "sha256"} and name != "image"
+    }
+    told = ("field", "strength", "start", "end", "made_by", "condition_size", "calls", "acted")
+    rows = [one for one in _part(report, "steering").get("parts") or () if isinstance(one, dict)]
+    parts["control"] = [{name: row[name] for name in told if name in row} for row in rows]
     settings = ("pipeline", "scheduler", "steps", "guidance", "guidance_mode", "width", "height", "frames")
     parts |= {f"setting {name}": effective.get(name) for name in settings}
     return parts | {f"version of {name}": number for name, number in _part(report, "versions").items()}
@@ -146,9 +164,19 @@ def _as_it_ran(request: Request, was: dict[str, Any]) -> dict[str, str]:
     return changes
 
 
-def _altered(path: Path, was: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _altered(path: Path, was: dict[str, Any], picture: Picture) -> dict[str, dict[str, Any]]:
+    """Tell whether the file holds other pixels than its report says.
+
+    An MP4 or a GIF lost something when it was written: it is held against the remade frames after the same loss.
+    """
     frames = _frames(path)
-    if frames is None or pixel_hash(frames) == was.get("pixels"):
+    if frames is None:
+        return {}
+    if path.suffix.lower() in LOSSY:
+        lost = _gap(frames, lossy_copy(picture.frames, path.suffix.lower()))
+        if picture.report["pixels"] != was.get("pixels") or (lost is not None and lost[0] <= NOISE):
+            return {}
+    elif pixel_hash(frames) == was.get("pixels"):
         return {}
     return {"the file's own pixels": {"was": was.get("pixels"), "is": pixel_hash(frames)}}
 
@@ -156,27 +184,36 @@ def _altered(path: Path, was: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _difference(
     path: Path, picture: Picture, was: dict[str, Any]
 ) -> tuple[float | None, int | None, dict[str, Any]]:
+    frames = _frames(path)
+    if frames is None:
+        return None, None, {}
+    ending = path.suffix.lower()
+    made = lossy_copy(picture.frames, ending) if ending in LOSSY else list(picture.frames)
+    rms, largest = _gap(frames, made) or (None, None)
+    return rms, largest, _altered(path, was, picture)
+
+
+def _gap(frames: list[Image], others: list[Image]) -> tuple[float, int] | None:
+    """Return the root mean square and the largest difference of two clips, None where their sizes differ."""
     import numpy as np
 
-    frames = _frames(path)
-    if frames is None or len(frames) != len(picture.frames) or frames[0].size != picture.frames[0].size:
-        return None, None, {} if frames is None else _altered(path, was)
+    if len(frames) != len(others) or frames[0].size != others[0].size:
+        return None
     old, new = (
         np.stack([np.asarray(one.convert("RGB"), dtype=np.float32) for one in group])
-        for group in (frames, picture.frames)
+        for group in (frames, others)
     )
     gap = np.abs(old - new)
-    return float(np.sqrt((gap**2).mean())), int(gap.max()), _altered(path, was)
+    return float(np.sqrt((gap**2).mean())), int(gap.max())
 
 
 def _frames(path: Path) -> list[Image] | None:
-    """Return the pictures of a PNG, None of a sidecar."""
-    from PIL import Image, ImageSequence
-
+    """Return the pictures of a file or a folder of frames, None of a sidecar."""
+    if path.suffix.lower() == ".json":
+        return None
     try:
-        with Image.open(path, formats=("PNG",)) as opened:
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return read_clip(path, field="file")[0]
+    except RequestError:
         return None
 
 

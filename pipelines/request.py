@@ -20,6 +20,17 @@ LARGEST_SEED = 2**53 - 1
 SCHEDULERS = ("default", "euler", "heun", "dpm++2m", "unipc", "ddim", "ddpm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GUIDANCE_MODES = ("batched", "sequential")
+TASKS = (
+    "unconditional", "predict", "backward", "interpolate", "image", "first-last", "keyframes", "region",
+)  # fmt: skip
+"""What of a clip may be given; the names of `dit.clip_masks.TASKS`, which imports torch."""
+INPUTS = ("image", "last_image", "clip", "mask")
+"""Fields that name a file to be read."""
+_FILES = (*INPUTS, "model", "profile")
+_NUMBERS = {"keyframes": (-999, 999), "region": (0, 4096), "scene_frames": (1, 1000), "window_seeds": (0, LARGEST_SEED)}
+
+LAYOUTS = ("grid", "row", "column")
+KNOWN = ("re-inject", "clean-tokens", "sdedit")
 
 _DEVICE = re.compile(r"(auto|cpu|mps|(cuda|xpu)(:\d{1,2})?)\Z")
 
@@ -64,14 +75,40 @@ class Request:
     guidance_mode: str = knob("batched", "Guidance in one call or in two", choices=GUIDANCE_MODES)
     dtype: str = knob("auto", "Number format of the weights", choices=DTYPES)
     device: str = knob("auto", "Device: auto, cpu, cuda, cuda:1, mps")
+    controls: tuple[Spec, ...] = knob((), "Controls, for example edges=pic.png:0.8")
+    loras: tuple[Spec, ...] = knob((), "LoRAs, for example style.safetensors:0.7")
     accelerators: tuple[Spec, ...] = knob((), "Accelerators, for example delta-cache:interval=3")
     profile: str | None = knob(None, "Accelerators by a profile of leapfrog tune: its file or name")
+    fps: float | None = knob(None, "Frames a second of a clip", low=1.0, high=120.0, step=1, unit="frames")
+    prompts: str | None = knob(None, "Prompts over time: 'a | b', '0: a | 12: b' or '0-8: a | 8-16: b'")
+    last_image: str | None = knob(None, "Picture that a clip ends with")
+    clip: str | None = knob(None, "Clip of which frames are given: MP4, GIF, PNG or a folder of pictures")
+    task: str | None = knob(None, "What of the clip is given", choices=TASKS)
+    given: int | None = knob(None, "Frames given to predict or backward", low=1, high=999, unit="frames")
+    every: int | None = knob(None, "To interpolate, every so many frames one is given", low=2, high=999)
+    keyframes: str | None = knob(None, "Frames that are given, for example 0,7,15")
+    region: str | None = knob(None, "Box that is made anew in every frame, in px: left,top,right,bottom")
+    mask: str | None = knob(None, "Picture or clip, white where something is made anew")
+    window: int | None = knob(None, "Frames of a window of a long clip; scenes of one of a story", low=1, high=1000)
+    overlap: int | None = knob(None, "Frames that a window goes on from", low=1, high=999, unit="frames")
+    window_seeds: str | None = knob(None, "A seed for each window or scene, for example 3,5,9")
+    scene_frames: str | None = knob(None, "Frames of the scenes of a story: one number, or one each")
+    tiling: bool = knob(False, "Decode in tiles, which takes less memory")
+    panels: int | None = knob(
+        None, "Pictures of a set made together; the prompt has a caption for each: a | b", low=1, high=16
+    )
+    layout: str = knob("grid", "How the pictures of a set lie together", choices=LAYOUTS)
+    known: str = knob(
+        "re-inject", "How the first picture of a set is held, where a starting picture gives it", choices=KNOWN
+    )
 
     def __post_init__(self) -> None:
-        for name in ("image", "model", "profile"):
+        for name in _FILES:
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         object.__setattr__(self, "accelerators", _read_accelerators(self.accelerators))
+        self._read_schedule()
+        self._read_steering()
         for one in settings():
             object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
         self._check_texts()
@@ -82,8 +119,60 @@ class Request:
         if not _DEVICE.match(self.device):
             raise RequestError("device", self.device, "auto, cpu, mps, cuda or cuda:<number>")
 
+    def _read_steering(self) -> None:
+        if self.controls == () == self.loras:
+            return
+        from pipelines.controls import KINDS, read_all
+
+        for kind in KINDS:
+            object.__setattr__(self, kind.field, read_all(kind, getattr(self, kind.field)))
+
+    def _read_schedule(self) -> None:
+        """Put prompts and lists of numbers, in whatever form they came, into their one text form."""
+        from pipelines.schedule import read_numbers, read_prompts, text_of
+
+        if self.prompts is not None:
+            parts = read_prompts(self.prompts)
+            for part in parts:
+                _check_text("prompts", part.text, PROMPT_LENGTH, empty=False)
+            object.__setattr__(self, "prompts", text_of(parts))
+        for name, (low, high) in _NUMBERS.items():
+            if getattr(self, name) is not None:
+                numbers = read_numbers(name, getattr(self, name), low=low, high=high)
+                object.__setattr__(self, name, ",".join(map(str, numbers)))
+
+    def _check_clip(self) -> None:
+        """Check what says which part of a clip is given. Raises: RequestError for settings that exclude each other."""
+        if self.prompts is not None and (self.prompt or self.class_label is not None):
+            raise RequestError("prompts", self.prompts, "left out where a prompt or class number is given")
+        if self.mask is not None and self.clip is None and self.image is None:
+            raise RequestError("mask", self.mask, "given with a clip or a starting picture")
+        if self.mask is not None and self.task is not None:
+            raise RequestError("mask", self.mask, f"left out where a task is named ({self.task})")
+        if self.window_seeds is not None and self.images > 1:
+            raise RequestError("window_seeds", self.window_seeds, "left out where several clips are asked for")
+        if self.clip is not None and (self.image is not None or self.last_image is not None):
+            raise RequestError("clip", self.clip, "left out where a first or last picture is given")
+        if self.clip is None and self.task not in (None, "unconditional"):
+            raise RequestError("clip", None, f"a file for the task {self.task}")
+        for name, tasks in {"given": ("predict", "backward"), "every": ("interpolate",), "region": ("region",),
+                            "keyframes": ("keyframes", "image")}.items():  # fmt: skip
+            if getattr(self, name) is not None and self.task not in tasks:
+                raise RequestError(name, getattr(self, name), f"left out without the task {tasks[0]}")
+        if self.task in ("region", "keyframes") and getattr(self, self.task) is None:
+            raise RequestError(self.task, None, f"given for the task {self.task}")
+        box = [int(one) for one in (self.region or "0,0,1,1").split(",")]
+        if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
+            raise RequestError("region", self.region, "left,top,right,bottom in px, with left < right and top < bottom")
+
     def _check_texts(self) -> None:
-        _check_text("prompt", self.prompt, PROMPT_LENGTH, empty=self.class_label is not None)
+        _check_text(
+            "prompt", self.prompt, PROMPT_LENGTH, empty=self.class_label is not None or self.prompts is not None
+        )
+        self._check_clip()
+        for name in ("last_image", "clip", "mask"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name), 4096, empty=False)
         _check_text("negative_prompt", self.negative_prompt, PROMPT_LENGTH, empty=True)
         _check_text("model", self.model, 1024, empty=False)
         if self.image is not None:
@@ -108,9 +197,23 @@ class Request:
         return self.replace(seed=self.seed + index, images=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form: every field, accelerators as dictionaries."""
+        """Return the JSON form: every field, accelerators, controls and LoRAs as dictionaries."""
         values = {one.name: getattr(self, one.name) for one in settings()}
-        return values | {"accelerators": [one.to_dict() for one in self.accelerators]}
+        named = ("accelerators", "controls", "loras")
+        return values | {name: [one.to_dict() for one in getattr(self, name)] for name in named}
+
+    def told(self) -> dict[str, Any]:
+        """Return the JSON form that a saved file holds: files by their names, for a path tells of the computer, not the picture.
+
+        The report beside it has their digests, and by these `repro` finds out whether it was given the same files.
+        """
+        given = {name: getattr(self, name) for name in INPUTS}
+        named: dict[str, Any] = {name: bare(path) for name, path in given.items() if path is not None}
+        if self.controls or self.loras:
+            from pipelines._choices import bare_all
+
+            named |= {name: bare_all(cast(Any, getattr(self, name))) for name in ("controls", "loras")}
+        return self.replace(**named).to_dict()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -127,7 +230,7 @@ class Request:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Read the request inside a saved PNG or its JSON sidecar. Nothing that the file names is opened.
+        """Read the request inside a saved PNG, MP4 or GIF, a folder of frames or a JSON sidecar. Nothing it names is opened.
 
         Raises:
             RequestError: no such file, no request inside, more than 1 MB of it, or a request that is not valid.
@@ -161,6 +264,11 @@ def nearest(word: str, words: Any) -> str:
     """Return " (did you mean ...?)" for the word most like `word`, or nothing."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def bare(path: str) -> str:
+    """Return the name of a file without its folder."""
+    return Path(path).name or path
 
 
 def shorten(value: object, length: int = 80) -> str:

@@ -10,12 +10,14 @@ import io
 import os
 import re
 import secrets
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.metadata import KEY, write_metadata
+from pipelines.metadata import FRAMES_JSON, KEY, write_metadata
 from pipelines.request import Request
+from pipelines.video_files import FORMATS, FPS, LOSSY, encode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,15 +66,33 @@ class Picture:
         from PIL.PngImagePlugin import PngInfo
 
         info = PngInfo()
-        info.add_text(KEY, write_metadata(self.request.to_dict(), self.report))
+        info.add_text(KEY, write_metadata(self.request.told(), self.report))
         info.add_itxt("parameters", self._line())
         buffer = io.BytesIO()
         more: dict[str, Any] = {}
         if len(self.frames) > 1:
-            fps = float(self.report.get("effective", {}).get("fps") or 16)
+            fps = float(self.report.get("effective", {}).get("fps") or FPS)
             more = {"save_all": True, "append_images": self.frames[1:], "duration": 1000 / fps, "loop": 0}
         self.image.save(buffer, format="PNG", pnginfo=info, **more)
         return buffer.getvalue()
+
+    @property
+    def preview(self) -> Image:
+        """The picture; of a clip the frame in its middle."""
+        return self.frames[len(self.frames) // 2]
+
+    def file(self, ending: str) -> bytes | dict[str, bytes]:
+        """Return the file in the format of an ending of `pipelines.video_files.FORMATS`; of a folder all its files by name."""
+        text = write_metadata(self.request.told(), self.report)
+        if ending == ".frames":
+            names = (f"{index:04d}.png" for index in range(len(self.frames)))
+            return {name: _png(one) for name, one in zip(names, self.frames, strict=False)} | {
+                FRAMES_JSON: text.encode()
+            }
+        if ending in LOSSY:
+            fps = float(self.report.get("effective", {}).get("fps") or FPS)
+            return encode(self.frames, ending, fps, text)
+        return self.png()
 
     def _line(self) -> str:
         request, effective = self.request, self.report.get("effective", {})
@@ -119,7 +139,8 @@ class Result:
         """Save every picture as PNG with a JSON file of the same name beside it.
 
         Args:
-            path: a file (more pictures get -1, -2, ...), a folder, or None for the current folder; in a folder names are made
+            path: a file, of a clip also one that ends in .mp4, .gif or .frames (a folder of PNG frames), more pictures
+                get -1, -2, ...; a folder, or None for the current folder; in a folder names are made
                 of the prompt and the seed, and numbered so that nothing is replaced.
             overwrite: replace files that are there; otherwise they are an error.
 
@@ -136,22 +157,26 @@ class Result:
                 if one.exists():
                     raise SaveError(one, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
         for picture, target in zip(self.pictures, paths, strict=True):
-            text = write_metadata(picture.request.to_dict(), picture.report)
-            write_file(target, picture.png(), overwrite=overwrite)
+            text = write_metadata(picture.request.told(), picture.report)
+            made = picture.file(target.suffix.lower())
+            if isinstance(made, dict):
+                write_folder(target, made, overwrite=overwrite)
+            else:
+                write_file(target, made, overwrite=overwrite)
             write_file(target.with_suffix(".json"), text.encode(), overwrite=overwrite)
         self.report.setdefault("timings", {})["save"] = time.perf_counter() - start
         return paths
 
     def _paths(self, path: Path | None) -> list[Path]:
-        if path is None or path.is_dir():
+        if path is None or (path.is_dir() and path.suffix.lower() not in FORMATS):
             found: list[Path] = []
             for picture in self.pictures:
                 found.append(_free(path or Path(), f"{_slug(picture.request)}-{picture.request.seed}", found))
             return found
-        path = path if path.suffix.lower() == ".png" else path.with_name(path.name + ".png")
+        path = path if path.suffix.lower() in FORMATS else path.with_name(path.name + ".png")
         if len(self.pictures) == 1:
             return [path]
-        return [path.with_name(f"{path.stem}-{i + 1}.png") for i in range(len(self.pictures))]
+        return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(len(self.pictures))]
 
 
 def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
@@ -175,6 +200,44 @@ def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise SaveError(path, error) from error
+
+
+def write_folder(path: Path, files: dict[str, bytes], *, overwrite: bool = False) -> None:
+    """Write a folder of files so that it is whole or not there; one to be replaced must hold nothing else than such files.
+
+    Raises:
+        SaveError: with the reason; what was written so far is removed.
+    """
+    other = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        try:
+            other.mkdir()
+            for name, data in files.items():
+                write_file(other / name, data)
+            if path.exists():
+                if not overwrite or not _own_folder(path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+                old = other.with_suffix(".old")
+                path.rename(old)
+                other.rename(path)
+                shutil.rmtree(old)
+            else:
+                other.rename(path)
+        finally:
+            shutil.rmtree(other, ignore_errors=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise error if isinstance(error, SaveError) else SaveError(path, error) from error
+
+
+def _own_folder(path: Path) -> bool:
+    return path.is_dir() and all(re.fullmatch(r"\d+\.png|request\.json", one.name) for one in path.iterdir())
+
+
+def _png(frame: Image) -> bytes:
+    buffer = io.BytesIO()
+    frame.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def pixel_hash(frames: tuple[Image, ...] | list[Image]) -> str:
@@ -231,8 +294,9 @@ def check_target(path: Path | None, *, overwrite: bool = False) -> None:
         SaveError: the file is there already, or nothing can be written in its folder.
     """
     path = Path() if path is None else path
-    folder = path if path.is_dir() else path.parent
-    if not path.is_dir() and not overwrite:
+    inside = path.is_dir() and path.suffix.lower() not in FORMATS
+    folder = path if inside else path.parent
+    if not inside and not overwrite:
         for one in (path, path.with_suffix(".json")):
             if one.exists():
                 raise SaveError(one, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,7 @@ class Search:
         seconds: the search time, from now on.
         psnr, speedup: the wish; one of them is None.
         recorded: pictures beside `scenes` whose exact runs a forecast of whole steps is fitted to.
+        heard: hears of the search whenever a point was added to it.
     """
 
     def __init__(
@@ -99,8 +100,9 @@ class Search:
         speedup: float | None,
         tell: Tell,
         recorded: Sequence[Scene] = (),
+        heard: Callable[[Search], object] = lambda _: None,
     ) -> None:
-        self.bench, self.scenes, self.tell = bench, list(scenes), tell
+        self.bench, self.scenes, self.tell, self.heard = bench, list(scenes), tell, heard
         self.recorded = [*scenes, *recorded]
         self.psnr, self.speedup = psnr, speedup
         self.begin, self.seconds = bench.clock.spent, seconds
@@ -159,6 +161,7 @@ class Search:
             known = self.tried.get(_key(methods), (methods, []))[1]
             if len(trials) > len(known):
                 self.tried[_key(methods)] = (methods, list(trials))
+                self.heard(self)
             if trials[-1].failure:
                 break
             if floor is not None:

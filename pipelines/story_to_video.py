@@ -35,10 +35,12 @@ class StoryOutput(BaseOutput):
         frames: "pil" [[picture, ...]], "np" [1, F, H, W, 3] and "pt" [1, F, 3, H, W] in 0..1, "latent" [1, C, F, H, W]; of an
             interrupted run an empty list.
         scene_frames: frames of each scene.
+        latents: of all scenes [1, C, F, H, W]; None of an interrupted run.
     """
 
     frames: Any
     scene_frames: list[int]
+    latents: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +147,11 @@ class StoryToVideoPipeline(TextToImagePipeline):
                 break
             scenes += made
             done += self._num_timesteps
-        shown = self._shown(scenes, pixels, output_type) if scenes else []
+        latents = torch.cat([one.to(self._execution_device) for one in scenes], dim=2) if scenes else None
+        shown = [] if latents is None else self.decode_latents(latents, output_type, frames, pixels)
         self.maybe_free_model_hooks()
-        return StoryOutput(frames=shown, scene_frames=frames) if return_dict else (shown,)
+        found = StoryOutput(frames=shown, scene_frames=frames, latents=latents)
+        return found if return_dict else (shown,)
 
     def _made(
         self,
@@ -294,10 +298,24 @@ class StoryToVideoPipeline(TextToImagePipeline):
                 frames = autoencoder.decode(self.vae, frames)
         return (frames.float() / 2 + 0.5).clamp(0, 1)
 
-    def _shown(self, scenes: list[Tensor], given: list[Tensor], output_type: str) -> Any:
+    def decode_latents(
+        self,
+        latents: Tensor,
+        output_type: str = "pil",
+        scene_frames: Sequence[int] | None = None,
+        given: Sequence[Tensor] = (),
+    ) -> Any:
+        """Decode latents [1, C, F, H, W], one scene at a time.
+
+        Args:
+            scene_frames: frames of each scene; None for one scene.
+            given: the first scenes as they were given, [F, 3, H, W] in 0..1; they stay so.
+        """
         if output_type == "latent":
-            return torch.cat(scenes, dim=2)
-        made = [self._decoded_scene(one).cpu() for one in scenes[len(given) :]]
+            return latents
+        ratio, count = self.frame_ratio, latents.shape[2]
+        sizes = [count] if scene_frames is None else [(one - 1) // ratio + 1 for one in scene_frames]
+        made = [self._decoded_scene(one).cpu() for one in latents.split(sizes, dim=2)[len(given) :]]
         pixels = torch.cat([*given, *made])  # [F, 3, H, W]
         if output_type == "pt":
             return pixels.unsqueeze(0)
@@ -329,3 +347,11 @@ def _counted(callback: Callback | None, before: int) -> Callback | None:
         return None
     told = callback
     return lambda pipe, index, time, tensors: told(pipe, before + index, time, tensors)
+
+
+def runs_of(pipeline: Any, given: dict[str, Any]) -> int:
+    """Return how often the denoising loop runs for the arguments of a story: for the first scenes at once, then for each."""
+    captions, known = len(split_story(given["prompt"])), len(given.get("given") or ())
+    if known:
+        return captions - known
+    return max(1, captions - int(given.get("window") or pipeline.transformer.config.scenes) + 1)

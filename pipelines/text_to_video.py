@@ -15,6 +15,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from dit.segments import joined_captions
 from pipelines import autoencoder
 from pipelines.clips import Task, placed, tensor_of
 from pipelines.denoising import Callback, Inputs, check_choice, make_loadable, pictures
@@ -30,13 +31,14 @@ CHUNK = 16
 
 @dataclass
 class ClipOutput(BaseOutput):
-    """Clips, and the latents [B, C, F, h, w] that they were decoded from (None for an interrupted run).
+    """Clips, the latents [B, C, F, h, w] that they were decoded from (None for an interrupted run), and what was given of them.
 
     Clips are: "pil" a list of lists of pictures, "np" [B, F, H, W, C], "pt" [B, F, C, H, W] in 0..1, "latent" the latents.
     """
 
     frames: Any
     latents: Tensor | None = None
+    shown: Shown | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,16 @@ class Shown:
     pixels: Tensor | None
     latents: Tensor
     mask: Tensor
+
+    def padded(self, frames: int) -> Shown:
+        """Return the same of a clip of `frames` frames, of whose further ones nothing is given."""
+        more = frames - self.mask.shape[0]
+        mask = torch.cat([self.mask, self.mask.new_ones(more, *self.mask.shape[1:])])
+        pixels = self.pixels
+        if pixels is not None:
+            pixels = torch.cat([pixels, pixels.new_zeros(len(pixels), more, *pixels.shape[2:])], dim=1)
+        empty = self.latents.new_zeros(*self.latents.shape[:2], more, *self.latents.shape[3:])
+        return Shown(pixels, torch.cat([self.latents, empty], dim=2), mask)
 
     def paste(self, clips: Tensor) -> Tensor:
         """Put what was given back into clips [B, F, C, H, W] in 0..1."""
@@ -78,6 +90,7 @@ class TextToVideoPipeline(TextToImagePipeline):
         task: str | Task | None = None,
         mask: Any = None,
         frame_index: Sequence[float] | Tensor | None = None,
+        caption_frames: Sequence[int] | None = None,
         guide_frames: bool = False,
         guidance_mode: str = "batched",
         output_type: str = "pil",
@@ -96,6 +109,8 @@ class TextToVideoPipeline(TextToImagePipeline):
             task: a name of `dit.clip_masks.TASKS`, or a `Task` with its settings; by default frames are predicted.
             mask: in place of a task: 1 at what is to be generated, for each frame [F] or at latent size [F, h, w].
             frame_index: where the frames stand in time, in frames of training; by default 0, 1, 2, ...
+            caption_frames: for one clip of several scenes, the frames of each; the prompts are their captions, each heard by its
+                own frames (where `tells_scenes`).
             guide_frames: the branch that guidance leads away from is shown no frames either.
             seeds, generator, guidance_mode, output_type, callback_on_step_end: as in `TextToImagePipeline`.
 
@@ -105,11 +120,13 @@ class TextToVideoPipeline(TextToImagePipeline):
         check_choice("guidance_mode", guidance_mode, GUIDANCE_MODES)
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         height, width = self._size(height, width)
+        texts, labels = self._told(prompt, class_labels)
         frames = int(self.transformer.config.frames) if num_frames is None else num_frames
+        if caption_frames is not None:
+            frames = self._scenes_fit(caption_frames, texts, labels, num_frames)
         if frames < 1:
             raise RequestError("num_frames", frames, "at least 1")
-        texts, labels = self._told(prompt, class_labels)
-        count = _count(texts, labels, seeds, generator)
+        count = 1 if caption_frames is not None else _count(texts, labels, seeds, generator)
         generators = self._generators(count, seeds, generator)
         about = task if isinstance(task, Task) else Task(name=task, mask=mask)
         if isinstance(task, Task) and mask is not None:
@@ -120,7 +137,9 @@ class TextToVideoPipeline(TextToImagePipeline):
         self._guidance_scale = float((4.0 if guided else 1.0) if guidance_scale is None else guidance_scale)
         self._check_guidance(guided, guide_frames and shown is not None)
         begin = self._timesteps(num_inference_steps, 1.0, False)
-        branches = self._heard(texts, negative_prompt, labels, count)
+        branches = self._heard(texts, negative_prompt, labels, count if texts is None else len(texts))
+        if caption_frames is not None:
+            branches = {name: _joined_scenes(inputs, caption_frames) for name, inputs in branches.items()}
         kept = self._with_frames(branches, shown, frame_index, frames, count, guide_frames)
         shape = (self.latent_channels, frames, height // self.scale_factor, width // self.scale_factor)
         latents = self._noise(shape, generators)[:, :, kept]
@@ -128,9 +147,15 @@ class TextToVideoPipeline(TextToImagePipeline):
         clips: Any = []
         if done is not None:
             done = _joined(done, kept, shown)
-            clips = self.decode_latents(done, output_type, shown)
+            clips = done if output_type == "latent" else self.decode_latents(done, output_type, shown)
         self.maybe_free_model_hooks()
-        return ClipOutput(frames=clips, latents=done) if return_dict else (clips,)
+        return ClipOutput(frames=clips, latents=done, shown=shown) if return_dict else (clips,)
+
+    @property
+    def tells_scenes(self) -> bool:
+        """Whether each frame can hear a caption of its own: by cross-attention alone, with no frames beside the clip."""
+        config = self.transformer.config
+        return bool(config.get("context_dim")) and not config.get("pooled_dim") and config.conditioning == "replace"
 
     def _told(
         self, prompt: str | list[str] | None, classes: int | Sequence[int] | None
@@ -155,6 +180,22 @@ class TextToVideoPipeline(TextToImagePipeline):
         if texts is not None and labels is not None and len(texts) != len(labels):
             raise RequestError("class_labels", len(labels), f"one for each of the {len(texts)} prompts")
         return texts, labels
+
+    def _scenes_fit(
+        self, scenes: Sequence[int], texts: list[str] | None, labels: list[int] | None, frames: int | None
+    ) -> int:
+        """Return the frames of all scenes. Raises: RequestError where captions, scenes and network do not fit each other."""
+        if texts is None or labels is not None or not self.tells_scenes:
+            raise RequestError(
+                "caption_frames", list(scenes), "left out: this model cannot give each scene a caption of its own"
+            )
+        if len(scenes) != len(texts) or min(scenes) < 1:
+            raise RequestError(
+                "caption_frames", list(scenes), f"at least 1 frame for each of the {len(texts)} captions"
+            )
+        if frames not in (None, sum(scenes)):
+            raise RequestError("num_frames", frames, f"{sum(scenes)}, the frames of all scenes")
+        return sum(scenes)
 
     def _check_guidance(self, guided: bool, frames: bool) -> None:
         if not self.do_classifier_free_guidance:
@@ -294,12 +335,22 @@ class TextToVideoPipeline(TextToImagePipeline):
             return latents
         latents = latents.to(self._execution_device)
         parts = latents.transpose(1, 2).flatten(0, 1).split(CHUNK)
-        clips = torch.cat([self._decoded(part, "pt") for part in parts]).unflatten(0, (-1, latents.shape[2]))
+        # decoded frames wait on the processor: of a long clip they take far more room than its latents
+        done = torch.cat([self._decoded(part, "pt").cpu() for part in parts])
+        clips = done.unflatten(0, (-1, latents.shape[2]))
         clips = clips if shown is None else shown.paste(clips)
         if output_type == "pt":
             return clips
         array = clips.permute(0, 1, 3, 4, 2).cpu().numpy()
         return array if output_type == "np" else [pictures(one) for one in array]
+
+
+def _joined_scenes(inputs: Inputs, frames: Sequence[int]) -> Inputs:
+    """Make one clip's inputs of those of its captions, one a row."""
+    tokens = inputs["encoder_hidden_states"].unsqueeze(0)
+    mask = inputs.get("encoder_attention_mask", tokens.new_ones(tokens.shape[:3]))
+    joined, heard = joined_captions(tokens, mask.reshape(tokens.shape[:3]), frames)
+    return inputs | {"encoder_hidden_states": joined, "encoder_attention_mask": heard}
 
 
 def _joined(latents: Tensor, kept: Tensor, shown: Shown | None) -> Tensor:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,7 @@ def tune(
     output: Path | None = None,
     on_step: OnStep | None = None,
     tell: Tell = lambda _: None,
+    heard: Callable[[Search], object] = lambda _: None,
 ) -> Tuned:
     """Search accelerator settings for a model and write a profile.
 
@@ -128,7 +129,7 @@ def tune(
         settings: steps, size, scheduler, guidance, dtype and device to tune for; its prompt and seed are not used.
         prompts: what to draw; the model card's examples where there are none.
         output: the profile's file; its log goes beside it. Default: a name in the folder `profiles`.
-        tell: hears in words what is being done.
+        tell: hears in words what is being done; heard: of the search, at every point that was added.
 
     Raises:
         RequestError: a wish, a time or settings that cannot be. SaveError: nothing can be written there.
@@ -151,7 +152,8 @@ def tune(
     reserve = min(0.45 * clock.left, first * (3 * len(held) + 6 * COMPARED))
     recorded = _more(scenes)
     search = Search(
-        bench, scenes, clock.left - reserve, psnr=wish.psnr, speedup=wish.speedup, tell=tell, recorded=recorded
+        bench, scenes, clock.left - reserve, psnr=wish.psnr, speedup=wish.speedup, tell=tell, recorded=recorded,
+        heard=heard,
     )
     _searched(search, bench, clock, reserve, where, loaded)
     tell("checking on other pictures")

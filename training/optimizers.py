@@ -25,9 +25,9 @@ class Master:
         self.ema, self.steps = ema, 0
         inner = [self._is_inner(n, w) and name == "muon" for n, w in zip(self.names, self.weights, strict=True)]
         vectors = [w for w, muon in zip(self.weights, inner, strict=True) if not muon]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(vectors, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-        ]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if vectors:  # an adapter may be matrices alone
+            self.optimizers.append(torch.optim.AdamW(vectors, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True))
         if any(inner):
             matrices = [w for w, muon in zip(self.weights, inner, strict=True) if muon]
             self.optimizers.append(

@@ -108,6 +108,8 @@ def latents_of(pixels: Tensor, scale: int) -> Tensor:
 class Trainer:
     """One run: the model in its compute type, its master weights, the data, and where everything is written."""
 
+    product = "transformer"  # the folder of a run that holds what it has made
+
     def __init__(self, recipe: dict[str, Any], out: Path, minutes: float | None, start: Path | None) -> None:
         self.recipe, self.out, self.minutes = recipe, out, minutes
         self.accelerator = Accelerator()
@@ -244,7 +246,7 @@ class Trainer:
             sheets = self.out / "sheets"
             sheets.mkdir(exist_ok=True)
             self._sheet().save(sheets / f"{self.seen:08d}.png")
-            _atomic(self.out / "transformer", self.write_model)
+            _atomic(self.out / self.product, self.write_model)
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that a run needs to go on, as named tensors."""

@@ -17,6 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from dit.context_parallel import part_of, whole_of
 from dit.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
 from dit.experts.dense import Dense, Experts
 from dit.grid import Grid
@@ -83,6 +84,7 @@ class DiT(Backbone):
 
     _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
     _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
+    _cp_plan: ClassVar[dict[str, Any]] = {}  # nothing for hooks: the network shares its streams itself
 
     @register_specs
     def __init__(
@@ -192,9 +194,10 @@ class DiT(Backbone):
         return DiTBlock(**settings)
 
     def _through(self, x: Tensor, temb: Tensor, context: Context) -> Tensor:
+        share, context, x, _ = self._shared(context, x)
         for block in self.transformer_blocks:
-            x = self._run(block, hidden_states=x, temb=temb, context=context)
-        return x
+            x = self._run(block, hidden_states=x, temb=part_of(share, temb, tokens=True), context=context)
+        return whole_of(share, x)
 
     def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """[B] or [B, N] -> the embedding of the time alone, [B, D] or [B, N, D]."""

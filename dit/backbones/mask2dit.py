@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dit.backbones.mmdit import joint_mask
+from dit.context_parallel import whole_of
 from dit.embeddings import Rotary, TimeEmbedding
 from dit.experts.dense import Experts
 from dit.grid import Grid
@@ -60,6 +61,7 @@ class Mask2DiT(Backbone):
 
     _repeated_blocks: ClassVar[list[str]] = ["SceneBlock"]
     _no_split_modules: ClassVar[list[str]] = ["SceneBlock"]
+    _cp_plan: ClassVar[dict[str, Any]] = {}  # nothing for hooks: the network shares its streams itself
 
     @register_specs
     def __init__(
@@ -167,12 +169,13 @@ class Mask2DiT(Backbone):
         context = dataclasses.replace(
             context, rotary=still(rotary, segments.length), attention_kwargs=joint_attention_kwargs or {}
         )
+        share, context, video, text = self._shared(context, video, text)
         for block in self.transformer_blocks:
             text, video = self._run(
                 block, hidden_states=video, encoder_hidden_states=text, temb=time, context=context
             )
         shift, scale = (spread(one, segments.video) for one in self.modulation_out(time))
-        inner = modulate(self.norm_out(self.norm_final(video)), shift, scale)
+        inner = modulate(self.norm_out(self.norm_final(whole_of(share, video))), shift, scale)
         output = self.proj_out(inner, grid, frames=hidden_states.dim() == 5).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 

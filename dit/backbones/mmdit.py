@@ -17,6 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from dit.context_parallel import part_of, whole_of
 from dit.embeddings import PooledProjection, Rotary, TimeEmbedding, rotary, sincos_2d
 from dit.experts.dense import Dense, Experts
 from dit.grid import Grid
@@ -154,12 +155,10 @@ class MMDiT(Backbone):
 
     Args:
         in_channels: channels of the picture or latent; `out_channels` where the output has others.
-        patch_size: side of a patch in latent pixels.
-        sample_size: side in latent pixels that the network was made for (other sizes run too).
+        patch_size: side of a patch, sample_size: side that the network was made for (other sizes run too), in latent pixels.
         width, heads, mlp_ratio: size of a block. dual_depth, single_depth: counts of blocks of each kind.
         context_dim: channels of a text token. pooled_dim: channels of the pooled prompt vector, None for no pooled path.
-        qk_norm: RMS-normalise queries and keys per head.
-        position: "rope" (rotary, 2-D), "sincos" (added once), or "both".
+        qk_norm: RMS-normalise queries and keys per head. position: "rope" (rotary, 2-D), "sincos" (added once), or "both".
         rope_axes: rotary channels of frame, row, column (their sum is the head size); None splits rows and columns evenly.
         guidance_embeds: take the guidance scale as an input (distilled models).
         prediction_type: "velocity", or "sample" where the last layer predicts the clean picture.
@@ -171,6 +170,7 @@ class MMDiT(Backbone):
 
     _repeated_blocks: ClassVar[list[str]] = ["DualBlock", "SingleBlock"]
     _no_split_modules: ClassVar[list[str]] = ["DualBlock", "SingleBlock"]
+    _cp_plan: ClassVar[dict[str, Any]] = {}  # nothing for hooks: the network shares its streams itself
 
     @register_specs
     def __init__(
@@ -273,18 +273,19 @@ class MMDiT(Backbone):
             mask=joint_mask(encoder_attention_mask, grid.tokens),
             attention_kwargs=joint_attention_kwargs or {},
         )
+        share, context, image, text = self._shared(context, image, text)
         for blocks, added in (
             (self.transformer_blocks, controlnet_block_samples),
             (self.single_transformer_blocks, controlnet_single_block_samples),
         ):
             for i, block in enumerate(blocks):
                 text, image = self._run(
-                    block, hidden_states=image, encoder_hidden_states=text, temb=temb, context=context
+                    block, hidden_states=image, encoder_hidden_states=text, temb=context.emb, context=context
                 )
                 if added:
-                    image = image + added[i * len(added) // len(blocks)]
+                    image = image + part_of(share, added[i * len(added) // len(blocks)])
         shift, scale = self.modulation_out(temb)
-        inner = modulate(self.norm_out(image), shift, scale)
+        inner = modulate(self.norm_out(whole_of(share, image)), shift, scale)
         output = self.proj_out(inner, grid, frames=hidden_states.dim() == 5).to(hidden_states.dtype)
         if self.config.prediction_type == "sample":
             output = velocity_from_picture(output, hidden_states, timestep, self.config.patch_size)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dit.backbones._vdt import Given, VDTBlock, each, token_times
 from dit.clip_masks import batch_mask, blend, given_tokens
+from dit.context_parallel import whole_of
 from dit.cross_attention import text_mask
 from dit.embeddings import LabelEmbedding, PooledProjection, TimeEmbedding, sincos_1d, sincos_2d
 from dit.experts.dense import Dense, Experts
@@ -64,6 +65,7 @@ class VDT(Backbone):
 
     _repeated_blocks: ClassVar[list[str]] = ["VDTBlock"]
     _no_split_modules: ClassVar[list[str]] = ["VDTBlock"]
+    _cp_plan: ClassVar[dict[str, Any]] = {}  # nothing for hooks: the network shares its streams itself
 
     @register_specs
     def __init__(
@@ -138,7 +140,8 @@ class VDT(Backbone):
             hidden_states: noisy clip [B, C, F, H, W] (or pictures [B, C, H, W]); rows and columns divide by the patch.
             timestep: [B], or [B, F] or [B, N] with one time a frame or a token.
             class_labels: [B], `num_classes` for "no class".
-            encoder_hidden_states: text tokens [B, L, context_dim]. encoder_attention_mask: [B, L], true (or 1) at real ones.
+            encoder_hidden_states: text tokens [B, L, context_dim]. encoder_attention_mask: [B, L], true (or 1) at real ones;
+                or [B, F, L], those that each frame hears, where scenes of the clip have captions of their own.
             pooled_projections: pooled prompt [B, pooled_dim].
             mask: sites to generate, 1, and sites that are given, 0: [F, H, W] or [B, F, H, W]; see `dit.clip_masks`.
             clean: the clip [B, C, F, H, W] that has the given sites.
@@ -166,20 +169,30 @@ class VDT(Backbone):
             x = torch.cat([beside, x], dim=1)
             grid = dataclasses.replace(grid, frames=grid.frames + condition_frames.shape[2])
         temb, context, given = self._conditioning(times, tokens, grid, class_labels, pooled_projections)
-        text, heard = self._text(encoder_hidden_states, encoder_attention_mask)
+        text, heard = self._text(encoder_hidden_states, encoder_attention_mask, grid)
         context = dataclasses.replace(
             context, text=text, mask=keys, attention_kwargs=joint_attention_kwargs or {}
         )
-        for block in self.transformer_blocks:
-            x = self._run(
-                block, hidden_states=x, temb=temb, context=context, given=given, text_mask=heard
-            )  # [B, N, D]
+        x = self._through(x, temb, context, given, heard)  # [B, N, D]
         vectors = self.modulation_out(temb)
         shift, scale = vectors if given is None else given.choose(self.modulation_out, vectors)
         x = modulate(self.norm_out(x), shift, scale)[:, grid.tokens - clip.tokens :]
         output = self.proj_out(x, clip, frames=hidden_states.dim() == 5).to(hidden_states.dtype)
         output = self._answer(output, hidden_states, token_times(timestep, clip))
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _through(
+        self, x: Tensor, temb: Tensor, context: Context, given: Given | None, heard: Tensor | None
+    ) -> Tensor:
+        """Take the tokens [B, N, D] through all blocks; where ranks share a clip, each has a part of it."""
+        share, context, x, _ = self._shared(context, x)
+        if share is not None:
+            temb = share.vectors(temb)
+            given = None if given is None else dataclasses.replace(given, tokens=share.cut(given.tokens))
+            heard = heard if heard is None or heard.shape[2] == 1 else share.cut(heard, 2)
+        for block in self.transformer_blocks:
+            x = self._run(block, hidden_states=x, temb=temb, context=context, given=given, text_mask=heard)
+        return whole_of(share, x)
 
     def costs(self, grid: Grid, text: int = 0) -> Iterator[Part]:
         """Yield the analytic cost of every part for one clip of `grid` without frames beside it, and `text` text tokens."""
@@ -248,11 +261,24 @@ class VDT(Backbone):
         there = nn.functional.pad(there.bool(), (0, clip.frames), value=True)
         return x, there.repeat_interleave(clip.height * clip.width, dim=1)[:, None, None]
 
-    def _text(self, text: Tensor | None, there: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return text tokens [B, L, D] and which are heard, [B, 1, 1, L]; a prompt without any real token is heard whole."""
+    def _text(
+        self, text: Tensor | None, there: Tensor | None, grid: Grid
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return text tokens [B, L, D] and which are heard, [B, 1, 1 or N, L]; a prompt without any real token is heard whole."""
         if text is None or self.context_embedder is None:
             return None, None
-        return self.context_embedder(text.to(self.dtype)), text_mask(there)
+        text = self.context_embedder(text.to(self.dtype))
+        if there is None or there.dim() == 2:
+            return text, text_mask(there)
+        if there.shape != (len(text), grid.frames, text.shape[1]):
+            raise ValueError(
+                f"encoder_attention_mask: [B, L] {tuple(text.shape[:2])}, or [B, F, L] with all {grid.frames} frames (those "
+                f"beside the clip too), got {tuple(there.shape)}"
+            )
+        heard = text_mask(there.flatten(0, 1))
+        assert heard is not None
+        heard = heard.reshape(len(text), 1, grid.frames, -1)
+        return text, heard.repeat_interleave(grid.height * grid.width, dim=2)
 
     def _conditioning(
         self, times: Tensor, tokens: Tensor | None, grid: Grid, labels: Tensor | None, pooled: Tensor | None

@@ -26,6 +26,11 @@ class Experts(Spec):
         """Whether it looks at the places of tokens, so that it cannot serve a sequence that is no grid."""
         return False
 
+    @property
+    def alone(self) -> bool:
+        """Whether what becomes of a token depends on no other, so that ranks may share a sequence."""
+        return False
+
     def build(self, width: int, hidden: int) -> nn.Module:
         """Return a module (x [B, N, D], Context | None) -> [B, N, D] with about `hidden` inner channels."""
         raise NotImplementedError
@@ -53,6 +58,10 @@ class Dense(Experts):
         "Activation",
         choices=("gelu-approximate", "gelu", "geglu", "swiglu", "linear-silu"),
     )
+
+    @property
+    def alone(self) -> bool:
+        return True
 
     def build(self, width: int, hidden: int) -> nn.Module:
         return Perceptron(width, inner_dim=hidden, activation_fn=self.activation)

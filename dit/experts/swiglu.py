@@ -23,6 +23,10 @@ class SwiGLU(Experts):
 
     multiple: int = knob(default=256, label="Inner channels are rounded up to a multiple of this", low=1)
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     def build(self, width: int, hidden: int) -> nn.Module:
         inner = hidden * 2 // 3
         return GatedPerceptron(width, inner + -inner % self.multiple)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.attention import Attention
+from dit.attention import Attention, attend
 from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.model import Context
@@ -29,6 +29,11 @@ class Mixer(Spec):
     def needs_grid(self) -> bool:
         """Whether it looks at the places of tokens, so that it cannot serve a sequence that is no grid."""
         return False
+
+    @property
+    def shared(self) -> str:
+        """How ranks may share the sequence: cut between any "tokens", between "frames", or not at all, ""."""
+        return ""
 
     def at(self, block: int) -> Mixer:
         """Return the mixer of the block with this index, counted from 0 through the whole network, for those that alternate."""
@@ -61,6 +66,10 @@ class Full(Mixer):
     """Softmax attention over the whole grid, O(N^2)."""
 
     qk_norm: bool = knob(False, "RMS-normalise queries and keys per head")
+
+    @property
+    def shared(self) -> str:
+        return "tokens"
 
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
         return FullMixer(width, heads, qk_norm=self.qk_norm or qk_norm, pre_only=pre_only)
@@ -96,10 +105,11 @@ class FullMixer(Attention):
         )
 
     def told(self, context: Context, hidden_states: Tensor, text: Tensor | None) -> dict[str, Any]:
-        """Return what the processor is told of a context beside positions and mask: here, which heads to compute."""
+        """Return what the processor is told of a context beside positions and mask: which heads to compute, who shares it."""
+        told: dict[str, Any] = {} if context.share is None else {"attention": context.share.attention(attend)}
         if context.route is None or context.route.heads is None:
-            return {}
-        return {"heads": self._route(context.route, hidden_states.dtype)}
+            return told
+        return told | {"heads": self._route(context.route, hidden_states.dtype)}
 
     def _route(self, route: RouteDecision, dtype: torch.dtype) -> Tensor:
         """The heads to compute [K'] where all samples agree and the maps can be cut, else gates [B, K]."""

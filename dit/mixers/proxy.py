@@ -346,7 +346,7 @@ class ProxyMixer(Attention):
 
 
 def _gates(context: Context, x: Tensor, window: Window) -> dict[str, Tensor]:
-    """Return the gates of routed heads for every window, as an argument, or nothing: a head that is off is computed all the same."""
+    """Return the gates of routed heads for every window as an argument, or nothing; a head that is off is computed anyway."""
     return {name: window.spread(one.expand(len(x), -1)) for name, one in heads_of(context).items()}
 
 

@@ -37,6 +37,10 @@ class Scenes(Mixer):
     )
     qk_norm: bool = knob(default=False, label="RMS-normalise queries and keys per head")
 
+    @property
+    def shared(self) -> str:
+        return "tokens"
+
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
         return ScenesMixer(width, heads, self.caption, qk_norm=self.qk_norm or qk_norm, pre_only=pre_only)
 
@@ -55,8 +59,7 @@ def attend_scenes(
     Exact, by two calls a scene; nothing of the size of a mask of all pairs is made. Queries may lack the text (a pre-only
     stream). `mask` [1 or B, 1 or K, 1, L + N] says which keys may be heard at all.
 
-    Raises: ValueError for tensors that are not those of `segments`, a mask that differs from query to query, or a
-        sequence that several devices share.
+    Raises: ValueError for tensors that are not those of `segments`, or a mask that differs from query to query.
     """
     length, total = segments.length, segments.length + segments.tokens
     asks = q.shape[1] == total
@@ -68,10 +71,6 @@ def attend_scenes(
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (1, total)):
         raise ValueError(
             f"scenes: takes a mask of keys [B, 1, 1, {total}], got one of shape {tuple(mask.shape)}"
-        )
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise ValueError(
-            "scenes: a sequence shared by several devices cannot be cut into scenes; run without context parallelism"
         )
 
     def answered(asking: Tensor, *places: tuple[int, int]) -> Tensor:
@@ -108,10 +107,14 @@ class ScenesMixer(FullMixer):
     def told(self, context: Context, hidden_states: Tensor, text: Tensor | None) -> dict[str, Any]:
         """Return what the processor is told of a context: heads, and which captions and scenes there are, if several."""
         told = super().told(context, hidden_states, text)
-        segments = self.segments(context, context.length if text is None else text.shape[1])
+        length = context.length if text is None else text.shape[1]
+        segments = self.segments(context, length if context.share is None else context.share.length)
         if segments is None or segments.scenes == 1:
             return told
-        return told | {"attention": functools.partial(attend_scenes, segments=segments)}
+        within = functools.partial(attend_scenes, segments=segments)
+        return told | {
+            "attention": within if context.share is None else context.share.attention(within, segments)
+        }
 
     def segments(self, context: Context, text: int) -> Segments | None:
         """Return which of `text` text tokens belong to which others, or None where all hear all."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dit.attention import attend
 from dit.embeddings import Rotary
 from dit.grid import Grid
 from dit.ledger import macs_of
@@ -30,6 +31,10 @@ class SpaceTime(Mixer):
     @property
     def needs_grid(self) -> bool:
         return True
+
+    @property
+    def shared(self) -> str:
+        return "frames"
 
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:
         return SpaceTimeMixer(
@@ -69,7 +74,10 @@ class TemporalAttention(nn.Module):
         keys = keys_of("spacetime", context.mask, *hidden_states.shape[:2])
         mask = None if keys is None else _heard(_sites(keys, grid))
         rotary = None if context.rotary is None else _each(context.rotary, hidden_states, grid, _sites)
-        attended = self.attn(x, None, mask, rotary, **context.attention_kwargs)
+        told = dict(context.attention_kwargs)
+        if context.share is not None:  # the frames of a place lie with several ranks
+            told["attention"] = context.share.along_time.attention(attend)
+        attended = self.attn(x, None, mask, rotary, **told)
         added: Tensor = self.proj(_from_sites(attended, grid))
         return added
 
@@ -96,7 +104,7 @@ class SpatialAttention(FullMixer):
                 hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
             )
         grid = grid_alone("spacetime", context)
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {"share": None}  # a frame lies with one rank
         keys = keys_of("spacetime", context.mask, *hidden_states.shape[:2])
         if keys is not None:
             changes["mask"] = _heard(_frames(keys, grid))

@@ -252,16 +252,21 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(flux: Any, tmp_path: 
 
 
 def test_layers_kept_in_fp8_and_weights_in_bf16(flux: Any) -> None:
-    weights, plain_run = plain(flux.model), ran(flux)
-    expected = ran(flux, Use(LoRA().load(flux.model, weights)))
-    other = copy.copy(flux)
+    weights, other = plain(flux.model), copy.copy(flux)
     other.model = copy.deepcopy(flux.model)
     other.model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     found = ran(other, Use(LoRA().load(other.model, weights)))
-    change = [a - b for a, b in zip(expected, plain_run, strict=True)]
-    cast = [a - b for a, b in zip(found, ran(other), strict=True)]
-    size = max(float(one.abs().max()) for one in change)
-    assert apart(cast, change) < 0.3 * size  # the base itself is off by 5 % in fp8
+    paths = {one: path for path, one in other.model.named_modules()}
+    rounded = copy.copy(flux)
+    rounded.model = copy.deepcopy(flux.model)
+    with torch.no_grad():
+        for one in other.model.modules():
+            for name, kept in one.named_parameters(recurse=False):
+                if kept.dtype == torch.float8_e4m3fn:
+                    getattr(rounded.model.get_submodule(paths[one]), name).copy_(kept.float())
+    wanted = ran(rounded, Use(LoRA().load(rounded.model, weights)))
+    size = max(float((a - b).abs().max()) for a, b in zip(wanted, ran(rounded), strict=True))
+    assert apart(found, wanted) < 0.01 * size  # the adapter's own weights are in bf16 there
     assert {one.dtype for one in LoRA().load(copy.deepcopy(flux.model).bfloat16(), weights).parameters()} == {
         torch.bfloat16
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,5 +228,3 @@ def test_tensors_of_other_lengths_are_refused() -> None:
         attend_scenes(q[:, 1:], k, v, segments=EQUAL)
     with pytest.raises(ValueError, match=r"takes a mask of keys \[B, 1, 1, 20\]"):
         attend_scenes(q, k, v, torch.ones(1, 1, 20, 20, dtype=torch.bool), segments=EQUAL)
-    with pytest.raises(ValueError, match="run without context parallelism"):
-        attend_scenes(q, k, v, segments=EQUAL, processor=SimpleNamespace(_parallel_config=object()))

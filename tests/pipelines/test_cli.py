@@ -266,7 +266,7 @@ def test_another_owner_of_our_packages_is_named_at_the_door(
 SLOW = """
 import sys, time
 import pipelines.generate as module
-def slow(request, *, on_step=None):
+def slow(request, *, on_step=None, **_):
     for step in range(3000):
         print("step", flush=True)
         time.sleep(0.01)

@@ -63,6 +63,16 @@ BAD: list[tuple[str, Any, str]] = [
 ]
 
 
+CLIP: dict[str, Any] = {
+    "prompts": "a | b", "fps": 12.0, "clip": "c.mp4", "task": "keyframes", "keyframes": "0,7", "window": 8, "overlap": 4,
+    "window_seeds": "1,2", "scene_frames": "4,6", "tiling": True,
+}  # fmt: skip
+OTHERS: list[dict[str, Any]] = [  # settings of a clip that exclude those
+    {"last_image": "z.png"}, {"clip": "c", "task": "predict", "given": 3}, {"clip": "c", "task": "interpolate", "every": 2},
+    {"clip": "c", "task": "region", "region": "0,0,8,8"}, {"clip": "c", "mask": "m.png"},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("field", "value", "words"), BAD, ids=lambda v: repr(v)[:30])
 def test_bad_input_names_field_given_and_allowed(field: str, value: Any, words: str) -> None:
     with pytest.raises(RequestError) as caught:
@@ -104,8 +114,11 @@ def test_json_round_trip_of_every_field() -> None:
     changed = [
         one.name for one in settings() if getattr(request, one.name) == one.default and one.name != "model"
     ]
-    assert changed == ["class_label", "profile"], "every other field is set to something else than its default"
-    assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+    left = {"class_label", "profile", "controls", "loras", "panels", "layout", "known", *CLIP}
+    left |= {name for one in OTHERS for name in one}
+    assert set(changed) == left, "every other field is set to something else than its default"
+    for one in (request, Request(**CLIP), *(Request(prompt="a", **more) for more in OTHERS)):
+        assert Request.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
 def test_accelerators_are_read_from_text_and_dictionaries() -> None:

@@ -261,7 +261,7 @@ def test_the_catalog_loads_it_and_requests_make_clips(folder: Path, tmp_path: Pa
     loaded = catalog.load(str(folder))
     assert isinstance(loaded.pipeline.transformer, VDT)
     assert (loaded.card.task, loaded.card.width, loaded.card.multiple) == ("text-to-video", 16, 4)
-    asked = Request(model=str(folder), prompt="a red cat", frames=5, steps=2, seed=3)
+    asked = Request(model=str(folder), prompt="a red cat", frames=5, window=5, steps=2, seed=3)
     made = generate(asked).pictures[0]
     assert len(made.frames) == 5
     direct = draw(loaded.pipeline, "a red cat", num_frames=5, steps=2, output_type="pil")[0]

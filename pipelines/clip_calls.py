@@ -1,0 +1,246 @@
+"""How a request for a clip is said to a pipeline: given frames, masks, prompts over time, windows, scenes and their seeds.
+
+Paper: VDT, Lu et al. 2023, arXiv:2305.13311 (tasks as masks); Mask^2DiT, Qi et al. 2025, arXiv:2503.19881 (scenes).
+Differs: a clip longer than the network was made for is made by overlapping windows, unless the request's window is as long.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.catalog import Card
+from pipelines.families import fps_of, frame_ratio, legal_frames
+from pipelines.inputs import Inputs
+from pipelines.request import Request, RequestError
+from pipelines.schedule import Part, length_of, read_numbers, read_prompts, spread
+
+_OURS = ("window", "overlap", "window_seeds", "scene_frames", "task", "mask")
+
+
+def clip_arguments(pipeline: Any, request: Request, card: Card, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments of a clip that differ from a picture's, by the names of the pipeline's call; None leaves one out.
+
+    Raises:
+        RequestError: a field that this pipeline has no use for, or fields that do not fit each other.
+    """
+    from pipelines.calls import takes
+
+    if takes(pipeline, "scene_frames"):
+        return _story(request, inputs)
+    if takes(pipeline, "given_latents"):
+        return _clip(pipeline, request, inputs)
+    return _foreign(pipeline, request, card, inputs)
+
+
+def check_clip(request: Request, card: Card) -> None:
+    """Check what needs no more than the card, before any weights load. Raises: RequestError."""
+    if card.task != "text-to-video":
+        for name in ("fps", "prompts", "clip", "last_image", "frames", *_OURS):
+            value = getattr(request, name)
+            if (
+                value is not None and value != 1 and name != "mask"
+            ):  # a part of a still picture: pipelines._inpainting
+                raise RequestError(name, value, f"left out: {card.name} makes still pictures")
+        return
+    for name, part in {"image": "ImageToVideo", "clip": "VideoToVideo"}.items():
+        if part in card.pipeline and getattr(request, name) is None:
+            raise RequestError(name, None, f"given: {card.name} ({card.pipeline}) starts from one")
+    story = card.pipeline == "StoryToVideoPipeline"
+    if story:
+        captions = len(_captions(request))
+        for name in ("scene_frames", "window_seeds"):
+            count = len(_numbers(request, name) or ())
+            if count > captions:
+                raise RequestError(
+                    name,
+                    f"{count} scenes",
+                    f"at most one for each of the {captions} captions: no scene goes without",
+                )
+    elif request.scene_frames is not None:
+        raise RequestError("scene_frames", request.scene_frames, f"left out: {card.name} tells no stories")
+    trained = card.more.get("frames")
+    if request.prompts is not None and not story:
+        frames = request.frames or length_of(read_prompts(request.prompts)) or trained
+        if isinstance(frames, int):
+            spread(read_prompts(request.prompts), frames)
+    if request.window is not None and not story and request.window > (request.frames or trained or 1000):
+        raise RequestError(
+            "window", request.window, f"at most the {request.frames or trained} frames of the clip"
+        )
+
+
+def _numbers(request: Request, name: str) -> list[int] | None:
+    text = getattr(request, name)
+    return None if text is None else list(read_numbers(name, text, low=0, high=2**53))
+
+
+def _captions(request: Request) -> tuple[Part, ...]:
+    if request.prompts is not None:
+        return read_prompts(request.prompts)
+    return tuple(Part(one.strip()) for one in request.prompt.split("|"))
+
+
+def _refuse(request: Request, names: tuple[str, ...], words: str) -> None:
+    for name in names:
+        if getattr(request, name) is not None:
+            raise RequestError(name, getattr(request, name), f"left out: {words}")
+
+
+def _story(request: Request, inputs: Inputs) -> dict[str, Any]:
+    _refuse(
+        request, ("image", "last_image", "overlap", "task", "mask"),
+        "a story is told by captions, and goes on from the scenes of a clip",
+    )  # fmt: skip
+    parts = _captions(request)
+    lengths: Any = _numbers(request, "scene_frames")
+    if lengths is not None and len(lengths) == 1:
+        lengths = lengths[0]
+    frames = request.frames or length_of(parts)
+    if lengths is not None and frames is not None:
+        raise RequestError(
+            "scene_frames", request.scene_frames, "left out where the frames are counted otherwise"
+        )
+    if lengths is None and frames is not None:
+        lengths = [end - start for start, end, _ in spread(parts, frames)]
+    elif lengths is None and parts[0].start is not None:
+        raise RequestError("frames", None, "given where prompts have a first frame and no last one")
+    seeds = _numbers(request, "window_seeds")
+    return {
+        "num_frames": None, "prompt": [one.text for one in parts], "scene_frames": lengths, "window": request.window,
+        "seeds": request.seed if seeds is None else seeds, "given": [list(inputs.clip)] if inputs.clip else None,
+    }  # fmt: skip
+
+
+def _clip(pipeline: Any, request: Request, inputs: Inputs) -> dict[str, Any]:
+    trained = int(pipeline.transformer.config.frames)
+    parts = None if request.prompts is None else read_prompts(request.prompts)
+    frames = request.frames or (length_of(parts) if parts else None) or trained
+    found: dict[str, Any] = {"num_frames": frames, "last_image": inputs.last_image}
+    if inputs.clip:
+        found |= {"video": list(inputs.clip), "task": _task(pipeline, request, inputs, frames)}
+    seeds = _numbers(request, "window_seeds")
+    window = min(request.window or trained, frames)
+    if parts is not None:
+        found["prompt"] = parts[0].text
+    if window == frames and request.overlap is None:
+        if parts is not None and len(parts) > 1:
+            if not getattr(pipeline, "tells_scenes", False):
+                raise RequestError(
+                    "prompts",
+                    f"{len(parts)} parts",
+                    f"one: {frames} frames are made at once; give a window of fewer frames",
+                )
+            segments = spread(parts, frames)  # scenes of one clip, each with a caption of its own
+            found["prompt"] = [text for _, _, text in segments]
+            found["caption_frames"] = [end - start for start, end, _ in segments]
+        if seeds is not None and len(seeds) > 1:
+            raise RequestError("window_seeds", seeds, f"one: {frames} frames are made at once")
+        return found | {"seeds": seeds or [request.seed]}
+    return found | _windows(request, frames, window, parts, seeds)
+
+
+def _windows(
+    request: Request, frames: int, window: int, parts: tuple[Part, ...] | None, seeds: list[int] | None
+) -> dict[str, Any]:
+    """Return what `pipelines.long_clips.long_clip` takes more. Raises: RequestError, also for a prompt that no window hears."""
+    from pipelines.long_clips import windows
+
+    overlap = window // 2 if request.overlap is None else request.overlap
+    plan = windows(frames, window, overlap)
+    if seeds is not None and len(seeds) not in (1, len(plan)):
+        raise RequestError("window_seeds", seeds, f"one, or one for each of the {len(plan)} windows")
+    found: dict[str, Any] = {"window": window, "overlap": overlap, "seeds": seeds or [request.seed]}
+    if parts is not None and len(parts) > 1:
+        segments = spread(parts, frames)
+        news = [start + known for start, known in plan]
+        for start, end, text in segments:
+            if not any(start <= new < end for new in news):
+                raise RequestError(
+                    "prompts", text, f"one that a window hears: the windows begin anew at the frames {news}; this one is"
+                    f" for {start} to {end - 1}",
+                )  # fmt: skip
+        found["prompt"] = segments
+    return found
+
+
+def _task(pipeline: Any, request: Request, inputs: Inputs, frames: int) -> Any:
+    import numpy as np
+
+    from pipelines.clips import Task
+
+    scale = pipeline.scale_factor
+    if inputs.mask is not None:
+        mask = inputs.mask
+        count, height, width = mask.shape
+        if count not in (1, frames) or height % scale or width % scale:
+            raise RequestError(
+                "mask",
+                " x ".join(map(str, mask.shape)),
+                f"of 1 or {frames} frames, with sides that divide by {scale} px",
+            )
+        # a latent pixel is made anew where any of its pixels is
+        small = mask.reshape(count, height // scale, scale, width // scale, scale).any((2, 4))
+        return Task(mask=np.broadcast_to(small, (frames, *small.shape[1:])).astype(np.float32))
+    box = None
+    if request.region is not None:
+        sides = [int(one) for one in request.region.split(",")]
+        if any(one % scale for one in sides):
+            raise RequestError("region", request.region, f"made of multiples of {scale} px")
+        left, top, right, bottom = (one // scale for one in sides)
+        box = (top, left, bottom, right)
+    keyframes = () if request.keyframes is None else tuple(_numbers_of_frames(request.keyframes))
+    return Task(
+        name=request.task, given=request.given, every=request.every or 4, keyframes=keyframes, box=box
+    )
+
+
+def _numbers_of_frames(text: str) -> list[int]:
+    return [int(one) for one in text.split(",")]
+
+
+def _foreign(pipeline: Any, request: Request, card: Card, inputs: Inputs) -> dict[str, Any]:
+    from pipelines.calls import default_of, takes
+
+    name = type(pipeline).__name__
+    _refuse(request, _OURS, f"{name} has no such thing")
+    found: dict[str, Any] = {}
+    if request.prompts is not None:
+        parts = read_prompts(request.prompts)
+        if len(parts) > 1:
+            raise RequestError(
+                "prompts", f"{len(parts)} parts", f"one: {name} hears one prompt for the whole clip"
+            )
+        found["prompt"] = parts[0].text
+    frames = request.frames or default_of(pipeline, "num_frames")
+    if request.frames is not None and takes(pipeline, "num_frames"):
+        frames = found["num_frames"] = legal_frames(pipeline, request.frames)
+    if takes(pipeline, "frame_rate"):
+        found["frame_rate"] = round(fps_of(pipeline, request, card, inputs))
+    if name == "LTXConditionPipeline":
+        return found | {"image": None, "strength": None, "conditions": _conditions(pipeline, inputs, frames)}
+    if inputs.clip:
+        found |= {"num_frames": None, "video": _cut(pipeline, request, inputs), "strength": request.strength}
+    return found | {"last_image": inputs.last_image}
+
+
+def _cut(pipeline: Any, request: Request, inputs: Inputs) -> list[Any]:
+    """Return the frames of a clip that is made over, of a legal count."""
+    frames = list(inputs.clip)[: request.frames]
+    ratio = frame_ratio(pipeline)
+    if len(frames) < ratio + 1:
+        raise RequestError("clip", f"{len(frames)} frames", f"at least {ratio + 1} frames")
+    return frames[: (len(frames) - 1) // ratio * ratio + 1]
+
+
+def _conditions(pipeline: Any, inputs: Inputs, frames: int) -> list[Any]:
+    """Return what LTX is given: frames of a clip to go on from, or a first and a last picture."""
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+    ratio = frame_ratio(pipeline)
+    if inputs.clip:
+        count = (len(inputs.clip) - 1) // ratio * ratio + 1
+        if count >= frames:
+            raise RequestError("clip", f"{len(inputs.clip)} frames", f"fewer than the {frames} that are made")
+        return [LTXVideoCondition(video=list(inputs.clip[:count]), frame_index=0)]
+    ends = {0: inputs.image, frames - 1: inputs.last_image}
+    return [LTXVideoCondition(image=one, frame_index=at) for at, one in ends.items() if one is not None]

@@ -1,0 +1,312 @@
+"""Drawn scenes: a seed gives the same scene, the truth is what is drawn, held-out pairs stay out; a tiny run on them, shipped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from dit.backbones.vdt import VDT
+from dit.text import Prompt
+from pipelines import catalog
+from pipelines.generate import generate
+from pipelines.request import Request
+from training import enlarge_clips, motion, ship_motion
+from training.clips import (
+    COLOURS,
+    DIRECTIONS,
+    HELD_OUT,
+    SHAPES,
+    SIDE,
+    Mover,
+    Script,
+    coverage,
+    example,
+    film,
+    film_story,
+    write_caption,
+    write_script,
+)
+from training.motion import Clips, MotionTrainer, Scripts, story_prompts
+
+
+def dice(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# Scenes
+
+
+def test_a_seed_gives_a_scene_and_another_seed_another() -> None:
+    (first, words), (again, same) = example(5), example(5)
+    assert words == same
+    assert np.array_equal(first.frames, again.frames)
+    assert first.frames.shape == (16, 3, SIDE, SIDE)
+    assert first.frames.dtype == np.uint8
+    assert not np.array_equal(first.frames, example(6)[0].frames)
+    assert example(5, frames=24)[0].frames.shape[0] == 24
+
+
+def test_held_out_pairs_are_never_learnt_and_cover_every_colour() -> None:
+    learnt = {(one.colour, one.shape) for seed in range(400) for one in write_script(dice(seed)).movers}
+    assert not learnt & set(HELD_OUT)
+    assert learnt == {(a, b) for a in COLOURS for b in SHAPES} - set(HELD_OUT)
+    held = {write_script(dice(seed), held_out=True).movers[0] for seed in range(200)}
+    assert {(one.colour, one.shape) for one in held} == set(HELD_OUT)
+    assert {colour for colour, _ in HELD_OUT} == set(COLOURS)
+
+
+def test_a_caption_names_what_is_shown_and_only_that() -> None:
+    wordings = set()
+    for seed in range(200):
+        script = write_script(dice(seed))
+        caption = write_caption(script, dice(seed + 1))
+        for mover in script.movers:
+            assert f" {mover.colour} " in caption
+            assert any(word in caption for word in SHAPES[mover.shape])
+        assert {c for c in COLOURS if f" {c} " in caption} == {mover.colour for mover in script.movers}
+        assert ("camera" in caption) == (script.camera != "fixed")
+        assert ("wall" in caption) == script.wall
+        wordings.add(caption)
+    assert len(wordings) > 190
+    one = Script(movers=(Mover(colour="orange", shape="circle", motion="left", size="large"),))
+    assert len({write_caption(one, dice(seed)) for seed in range(60)}) > 15, "words vary"
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_a_shape_lies_about_its_centre_and_is_as_large_as_it_is_said(shape: str) -> None:
+    drawn = coverage(shape, np.asarray([30.0, 20.0], np.float32), np.asarray(10.0, np.float32))
+    y, x = np.nonzero(drawn > 0.5)
+    half = 9.0 if shape == "square" else 10.0
+    assert (x.min() + x.max() + 1) / 2 == pytest.approx(30, abs=0.51)
+    assert (y.min() + y.max() + 1) / 2 == pytest.approx(20, abs=1.01)
+    assert (x.max() - x.min() + 1) / 2 == pytest.approx(half, abs=1)
+    whole = {"circle": np.pi, "square": 3.24, "triangle": 2.0, "cross": 20 / 9}[shape] * 100
+    assert drawn.sum() == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.parametrize("motion", list(DIRECTIONS))
+@pytest.mark.parametrize("speed", ["slow", "fast"])
+def test_things_move_as_they_are_said_to_and_stay_in_view(motion: str, speed: str) -> None:
+    for bounces in (False, True):
+        script = Script(
+            movers=(Mover(colour="red", shape="circle", motion=motion, speed=speed, bounces=bounces),)
+        )
+        clip = film(script, dice(3))
+        steps = np.diff(clip.centres[:, 0], axis=0) @ np.asarray(DIRECTIONS[motion])
+        assert steps[0] == pytest.approx({"slow": 1.0, "fast": 2.75}[speed], abs=1e-3)
+        assert (steps < -0.5).any() == bounces
+        assert (clip.centres >= clip.radii[..., None] - 1e-3).all()
+        assert (clip.centres <= SIDE - clip.radii[..., None] + 1e-3).all()
+        assert clip.visible == pytest.approx(np.ones_like(clip.visible), abs=0.05)
+
+
+def test_a_fall_gains_speed_and_comes_back_up() -> None:
+    for seed in range(5):
+        clip = film(
+            Script(movers=(Mover(colour="blue", shape="square", motion="fall"),)), dice(seed), frames=32
+        )
+        speeds = np.diff(clip.centres[:, 0, 1])
+        assert 0 < speeds[0] < speeds[1] < speeds[2]
+        assert (speeds < -1).any()
+        assert clip.centres[:, 0, 1].max() <= SIDE - clip.radii[0, 0] + 1e-3
+
+
+def test_a_wall_hides_a_thing_for_a_while_and_it_goes_on_behind() -> None:
+    for seed in range(8):
+        mover = Mover(
+            colour="red", shape="circle", size="small", motion="right", speed=("medium", "fast")[seed % 2]
+        )
+        clip = film(Script(movers=(mover,), wall=True), dice(seed))
+        assert clip.visible[0, 0] > 0.9
+        assert clip.visible[-1, 0] > 0.9
+        assert clip.visible[:, 0].min() < 0.05
+        assert np.allclose(np.diff(clip.centres[:, 0, 0]), np.diff(clip.centres[:, 0, 0])[0], atol=1e-3)
+
+
+def test_a_camera_moves_everything_the_other_way() -> None:
+    pan = film(Script(movers=(Mover(colour="red", shape="circle"),), camera="pan right"), dice(1))
+    assert np.allclose(np.diff(pan.centres[:, 0, 0]), -1.5, atol=1e-3)
+    ground = pan.frames[:, :, :3].astype(int)  # three rows that the thing may only touch at the very edge
+    assert not np.array_equal(ground[0], ground[1]), "the ground moves too"
+    zoom = film(Script(movers=(Mover(colour="red", shape="circle"),), camera="zoom in"), dice(1))
+    assert zoom.radii[-1, 0] / zoom.radii[0, 0] == pytest.approx(1.45)
+    assert zoom.visible.min() > 0.95
+
+
+def test_later_things_stand_before_earlier_ones() -> None:
+    movers = tuple(Mover(colour=colour, shape="square", size="large") for colour in ("red", "blue"))
+    hidden = [film(Script(movers=movers), dice(seed)).visible for seed in range(60)]
+    assert min(one[:, 0].min() for one in hidden) < 0.5
+    assert min(one[:, 1].min() for one in hidden) > 0.95
+
+
+def test_scenes_of_a_story_share_a_ground() -> None:
+    scripts = [write_script(dice(seed), single=True) for seed in range(3)]
+    for seed in range(4):
+        scenes = film_story(scripts, dice(seed))
+        assert len({scene.background for scene in scenes}) == 1
+        assert all(scene.frames.shape == (8, 3, SIDE, SIDE) for scene in scenes)
+
+
+# A run
+
+
+class _Encoder:
+    def __init__(self) -> None:
+        self.config = type("Config", (), {"hidden_size": 16})
+
+
+def _encode(_: Any, __: Any, texts: Sequence[str], *, limit: int) -> Prompt:
+    """Three words of a text, by their letters."""
+    tokens = torch.zeros(len(texts), 3, 16)
+    for row, text in enumerate(texts):
+        for place, letter in enumerate(text[:48].ljust(48)):
+            tokens[row, place // 16, place % 16] = ord(letter) / 128
+    mask = torch.ones(len(texts), 3, dtype=torch.bool)
+    return Prompt(tokens, mask, tokens.mean(1), (limit,) * len(texts))
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(motion, "load_minilm", lambda: (None, _Encoder()))
+    monkeypatch.setattr(motion, "encode", _encode)
+    return {
+        "data": {
+            "frames": 4, "scripts": 40, "text_tokens": 3, "drop": 0.2, "stories": 0.3, "scenes": 2, "scene_frames": 2,
+            "tasks": dict.fromkeys(motion.TASKS, 1.0),
+        },
+        "model": {
+            "backbone": "vdt", "in_channels": 3, "patch_size": 4, "sample_size": 16, "frames": 4, "width": 32, "depth": 1,
+            "heads": 2, "context_dim": 16, "prediction_type": "sample", "clean_time": True,
+        },
+        "codec": {"scale": 4},
+        "objective": {"mean": 0.5, "std": 1.2, "floor": 0.05},
+        "optimizer": {
+            "name": "muon", "rate": 3e-3, "matrix_rate": 5e-3, "decay": 0.01, "clip": 1.0, "ema": 0.9, "warmup": 3,
+            "cooldown": 0.5,
+        },
+        "run": {
+            "samples": 96, "batch": 8, "precision": "float32", "compile": False, "save_every": 60.0, "check_every": 6, "seed": 1,
+        },
+    }  # fmt: skip
+
+
+def begun(recipe: dict[str, Any], out: Path) -> MotionTrainer:
+    trainer = MotionTrainer(copy.deepcopy(recipe), out, None, None)
+    trainer.load_data()
+    return trainer
+
+
+def test_a_run_learns_goes_on_after_a_stop_and_leaves_a_network(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    longer = copy.deepcopy(recipe)
+    longer["run"] |= {"samples": 240, "check_every": 6}
+    whole = MotionTrainer(longer, tmp_path / "whole", None, None)
+    whole.run()
+    assert whole.seen >= 240
+    assert whole.log[-1]["learnt_unconditional"] < whole.log[0]["learnt_unconditional"]
+    assert {path.name for path in (tmp_path / "whole").iterdir()} >= {
+        "state.safetensors",
+        "sheet.png",
+        "transformer",
+    }
+
+    straight = begun(recipe, tmp_path / "straight")
+    losses = [straight.step() for _ in range(4)]
+    first = begun(recipe, tmp_path / "parts")
+    parts = [first.step() for _ in range(2)]
+    first.save()
+    second = begun(recipe, tmp_path / "parts")
+    assert parts + [second.step() for _ in range(2)] == losses
+
+
+def test_what_is_given_has_no_part_in_the_loss(recipe: dict[str, Any], tmp_path: Path) -> None:
+    trainer = begun(recipe, tmp_path)
+    batch = trainer.clips.draw(4, torch.Generator().manual_seed(0), tasks={"predict": 1.0})
+    given = batch.mask == 0
+    assert given.any()
+    noise, times = torch.randn(batch.latents.shape), torch.full((4,), 0.5)
+    plain = trainer._error(batch, noise, times)
+    moved = torch.where(given.unsqueeze(1).expand_as(noise), noise + 5.0, noise)
+    assert torch.equal(trainer._error(batch, moved, times), plain)
+
+
+def test_every_task_is_drawn_and_leaves_something_to_make(recipe: dict[str, Any]) -> None:
+    clips = Clips(Scripts.drawn(20, 0, 3), recipe["data"], 4, 4)
+    dice = torch.Generator().manual_seed(0)
+    for task in motion.TASKS:
+        batch = clips.draw(6, dice, tasks={task: 1.0})
+        assert batch.latents.shape == (6, 3, 4, 16, 16)
+        shares = batch.mask.mean((1, 2, 3))
+        assert (shares > 0).all()
+        assert (shares == 1).all() == (task == "unconditional")
+
+
+def test_each_frame_of_a_story_hears_the_caption_of_its_scene(recipe: dict[str, Any]) -> None:
+    clips = Clips(Scripts.drawn(40, 0, 3), recipe["data"], 4, 4)
+    batch = clips.draw(8, torch.Generator().manual_seed(0), story=True)
+    assert batch.latents.shape == (8, 3, 4, 16, 16)
+    heard = batch.prompts["encoder_attention_mask"]
+    assert heard.shape == (8, 4, 6)
+    assert torch.equal(heard[0].int(), torch.tensor([[1] * 3 + [0] * 3] * 2 + [[0] * 3 + [1] * 3] * 2))
+    network = VDT(**{k: v for k, v in recipe["model"].items() if k != "backbone"})
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens = torch.randn(1, 2, 3, 16, requires_grad=True)
+    inputs = story_prompts(tokens, torch.ones(1, 2, 3, dtype=torch.bool), [2, 2])
+    made = network(torch.randn(1, 3, 4, 16, 16), torch.tensor([500.0]), **inputs, return_dict=False)[0]
+    (gradient,) = torch.autograd.grad(made[:, :, 2:].square().sum(), tokens)
+    assert gradient[:, 0].abs().max() == 0, "of one block, scene 1 hears nothing of caption 0"
+    assert gradient[:, 1].abs().max() > 0
+    with pytest.raises(ValueError, match=r"\[B, F, L\]"):
+        network(torch.randn(1, 3, 3, 16, 16), torch.tensor([500.0]), **inputs)
+
+
+def test_the_enlarger_beats_bilinear_enlargement(tmp_path: Path) -> None:
+    recipe = {
+        "codec": {"width": 8, "depth": 1, "scale_factor": 2},
+        "objective": {"noise": 0.05, "edges": 1.0},
+        "run": {"scenes": 8, "samples": 480, "batch": 8, "rate": 5e-3, "seed": 1},
+    }
+    figures = enlarge_clips.train(recipe, tmp_path / "codec")
+    assert figures["held_out_psnr_db"] > figures["bilinear_psnr_db"]
+    assert (tmp_path / "codec" / "config.json").is_file()
+
+
+def test_a_shipped_clip_model_goes_through_the_door(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dit.codec import ResampleCodec
+
+    recipe["model"] |= {"context_dim": 384, "sample_size": 32, "patch_size": 8}
+    recipe["codec"], recipe["data"]["text_tokens"] = {"scale": 2}, 40
+    network = VDT(**{k: v for k, v in recipe["model"].items() if k != "backbone"})
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    network.save_pretrained(tmp_path / "transformer")
+    ResampleCodec(width=8, depth=1).save_pretrained(tmp_path / "codec")
+    ship_motion.ship(recipe, tmp_path / "transformer", tmp_path / "codec", tmp_path / "motion")
+    files = list((tmp_path / "motion").rglob("*.safetensors"))
+    assert {file.parent.name for file in files} == {"transformer", "codec"}
+    with safe_open(files[0], "pt") as opened:
+        assert str(opened.get_slice(next(iter(opened.keys()))).get_dtype()) == "BF16"
+    card = catalog.find(str(tmp_path / "motion"))
+    assert card is not None
+    request = Request(
+        model=str(tmp_path / "motion"), prompt="a red ball moves left", steps=2, seed=3, device="cpu"
+    )
+    made = generate(request).pictures[0]
+    assert len(made.frames) == 4
+    assert made.frames[0].size == (SIDE, SIDE)
+    story = generate(request.replace(prompt="", prompts="a red ball | a blue box", frames=4)).pictures[0]
+    assert len(story.frames) == 4
+    assert story.report["pixels"] != made.report["pixels"]
+    catalog.unload()

@@ -1,0 +1,257 @@
+"""Train one network of clips for every task, on scenes drawn while it learns: `python -m training.motion RECIPE --out runs/motion`.
+
+Every sample has a task of its own, said by a mask: nothing given, first or last frames, every n-th, one, both ends, any, or all but
+a region. Some batches are stories: scenes of unrelated captions one after another, each heard by its own frames alone.
+
+Paper: VDT, Lu et al. 2023, arXiv:2305.13311; Mask^2DiT, Qi et al. 2025, arXiv:2503.19881.
+Differs: the error is a mean over generated sites, whatever their count; captions are dropped by sample, for guidance.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dit.clip_masks import blend, draw_mask, masked_mean, task_mask
+from dit.segments import joined_captions
+from dit.text import encode, load_minilm
+from training.clips import Script, film, film_story, write_caption, write_script
+from training.objectives import Denoiser, euler
+from training.train import Trainer, asked, latents_of
+
+TASKS = ("unconditional", "predict", "backward", "interpolate", "first-last", "image", "keyframes", "region")
+
+
+@dataclass(slots=True)
+class Batch:
+    """Clips as latents [B, 3, F, h, w], what the network hears, and the mask of what it has to make [B, F, h, w]."""
+
+    latents: Tensor
+    prompts: dict[str, Tensor]
+    mask: Tensor
+
+
+@dataclass(slots=True)
+class Scripts:
+    """Scripts with their captions encoded, [n, L, D] and [n, L]; row 0 is the empty caption and has the first script."""
+
+    scripts: list[Script]
+    captions: list[str]
+    tokens: Tensor
+    mask: Tensor
+
+    @classmethod
+    def drawn(cls, count: int, seed: int, length: int, *, held_out: bool = False) -> Scripts:
+        """Draw scripts and their captions from a seed, and encode the captions."""
+        dice = np.random.default_rng(seed)
+        scripts = [write_script(dice, held_out=held_out) for _ in range(count)]
+        captions = ["", *(write_caption(one, dice) for one in scripts[1:])]
+        tokenizer, encoder = load_minilm()
+        order = sorted(
+            range(count), key=lambda place: len(captions[place])
+        )  # alike in length: little padding
+        tokens = torch.zeros(count, length, encoder.config.hidden_size, dtype=torch.bfloat16)
+        mask = torch.zeros(count, length, dtype=torch.bool)
+        for start in range(0, count, 64):
+            rows = order[start : start + 64]
+            found = encode(tokenizer, encoder, [captions[row] for row in rows], limit=length)
+            size = found.tokens.shape[1]
+            tokens[rows, :size], mask[rows, :size] = found.tokens.bfloat16(), found.mask
+        return cls(scripts, captions, tokens, mask)
+
+    def single(self) -> list[int]:
+        """Return the places of scripts that a scene of few frames can show: one thing and no wall."""
+        return [
+            place for place, one in enumerate(self.scripts) if place and len(one.movers) == 1 and not one.wall
+        ]
+
+
+class Clips:
+    """Draws batches: scripts by chance, scenes of them never seen before, and a task for every sample."""
+
+    def __init__(self, scripts: Scripts, data: dict[str, Any], scale: int, patch: int) -> None:
+        self.scripts, self.data, self.scale, self.patch = scripts, data, scale, patch
+        self.singles = scripts.single()
+
+    def draw(
+        self, count: int, dice: torch.Generator, *, story: bool = False, tasks: dict[str, float] | None = None
+    ) -> Batch:
+        """Draw `count` clips, or stories of as many tokens in all."""
+        drawn = np.random.default_rng(int(torch.randint(2**62, (), generator=dice)))
+        return (
+            self._stories(count, drawn, dice)
+            if story
+            else self._clips(count, drawn, dice, tasks or self.data["tasks"])
+        )
+
+    def _clips(
+        self, count: int, drawn: np.random.Generator, dice: torch.Generator, tasks: dict[str, float]
+    ) -> Batch:
+        frames = self.data["frames"]
+        which = torch.randint(1, len(self.scripts.scripts), (count,), generator=dice)
+        clips = np.stack(
+            [film(self.scripts.scripts[place], drawn, frames=frames).frames for place in which.tolist()]
+        )
+        latents = self._latents(clips)
+        side = latents.shape[-1]
+        mask = torch.stack([self._mask(tasks, frames, side, dice) for _ in range(count)])
+        which = torch.where(torch.rand(count, generator=dice) < self.data["drop"], 0, which)
+        prompts = {
+            "encoder_hidden_states": self.scripts.tokens[which].float(),
+            "encoder_attention_mask": self.scripts.mask[which],
+        }
+        return Batch(latents, prompts, mask)
+
+    def _stories(self, count: int, drawn: np.random.Generator, dice: torch.Generator) -> Batch:
+        scenes, frames = self.data["scenes"], self.data["scene_frames"]
+        count = max(1, count * self.data["frames"] // (scenes * frames))
+        places = torch.randint(len(self.singles), (count, scenes), generator=dice)
+        which = torch.tensor(self.singles)[places]  # [B, S]
+        clips = [
+            film_story([self.scripts.scripts[place] for place in row], drawn, frames=frames)
+            for row in which.tolist()
+        ]
+        latents = self._latents(np.stack([np.concatenate([scene.frames for scene in one]) for one in clips]))
+        mask = torch.ones(count, scenes * frames, *latents.shape[-2:])
+        given = torch.randint(scenes, (count,), generator=dice) * (torch.rand(count, generator=dice) < 0.5)
+        for row, known in enumerate(given.tolist()):  # a story may be told on
+            mask[row, : known * frames] = 0
+        which = torch.where(torch.rand(count, 1, generator=dice) < self.data["drop"], 0, which)
+        return Batch(
+            latents,
+            story_prompts(self.scripts.tokens[which], self.scripts.mask[which], [frames] * scenes),
+            mask,
+        )
+
+    def _latents(self, clips: np.ndarray) -> Tensor:
+        found = latents_of(torch.from_numpy(clips).flatten(0, 1), self.scale)
+        return found.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
+
+    def _mask(self, tasks: dict[str, float], frames: int, side: int, dice: torch.Generator) -> Tensor:
+        """Draw a task and what of it is given, [F, h, w]."""
+        names = list(tasks)
+        task = names[int(torch.multinomial(torch.tensor(list(tasks.values())), 1, generator=dice))]
+        whole = {"frames": frames, "height": side, "width": side}
+        if task == "region":
+            return draw_mask(**whole, generator=dice, patch=self.patch, spatial=1.0)
+        if task in ("predict", "backward"):
+            return task_mask(
+                task, **whole, given=int(torch.randint(1, frames * 3 // 4 + 1, (), generator=dice))
+            )
+        if task == "interpolate":
+            return task_mask(task, **whole, every=int(torch.randint(2, 6, (), generator=dice)))
+        if task == "image":
+            return task_mask(task, **whole, keyframes=(int(torch.randint(frames, (), generator=dice)),))
+        if task == "keyframes":
+            count = int(torch.randint(2, frames // 2 + 1, (), generator=dice))
+            return task_mask(task, **whole, keyframes=torch.randperm(frames, generator=dice)[:count].tolist())
+        return task_mask(task, **whole)
+
+
+def story_prompts(tokens: Tensor, mask: Tensor, scene_frames: list[int]) -> dict[str, Tensor]:
+    """Return the network's inputs for captions [B, S, L, D] with masks [B, S, L]: each frame hears its own scene's."""
+    joined, heard = joined_captions(tokens, mask, scene_frames)
+    return {"encoder_hidden_states": joined.float(), "encoder_attention_mask": heard}
+
+
+class MotionTrainer(Trainer):
+    """A run on clips: what differs from pictures is the data, the mask, and the loss on generated sites."""
+
+    def load_data(self) -> None:
+        """Draw scripts and encode their captions; scenes are drawn on the way."""
+        data, patch = self.recipe["data"], self.recipe["model"]["patch_size"]
+        seed, scale = self.recipe["run"]["seed"], self.recipe["codec"]["scale"]
+        learnt = Scripts.drawn(data["scripts"], seed, data["text_tokens"])
+        held = Scripts.drawn(64, seed + 1, data["text_tokens"], held_out=True)
+        self.clips, self.held_clips = (Clips(one, data, scale, patch) for one in (learnt, held))
+        print(f"{len(learnt.scripts)} captions to learn", file=sys.stderr)
+
+    def step(self) -> float:
+        """One batch, one move of the weights; return the loss."""
+        story = float(torch.rand((), generator=self.dice)) < self.recipe["data"]["stories"]
+        batch = self.clips.draw(self.recipe["run"]["batch"], self.dice, story=story)
+        noise = torch.randn(batch.latents.shape, generator=self.dice)
+        times = self.objective.times(len(batch.latents), self.dice)
+        loss = self._error(batch, noise, times).mean()
+        self.accelerator.backward(loss + sum(self.model.auxiliary_losses().values()))
+        self.master.step(self.factor(), self.recipe["optimizer"]["clip"])
+        self.seen += len(batch.latents) * self.accelerator.num_processes
+        return float(loss.detach())
+
+    def _error(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
+        """Return the weighted squared velocity error of each clip over its generated sites, [B]."""
+        clean, noise, mask, times = (one.to(self.device) for one in (batch.latents, noise, batch.mask, times))
+        level = times.reshape(-1, 1, 1, 1, 1)
+        noisy = blend(clean, (1 - level) * clean + level * noise, mask)
+        prompts = {name: value.to(self.device) for name, value in batch.prompts.items()}
+        made = self.model(noisy, times * 1000, mask=mask, clean=clean, **prompts, return_dict=False)[0]
+        return masked_mean((made.float() - (noise - clean)).square(), mask) * self.objective.weights(times)
+
+    @torch.no_grad()
+    def check(self) -> dict[str, float]:
+        """Loss of the averaged weights on held-out pairs and on learnt ones, with nothing given and with the first half given."""
+        result = {}
+        with self._averaged():
+            for name, clips in (("held_out", self.held_clips), ("learnt", self.clips)):
+                for task in ("unconditional", "predict"):
+                    dice = torch.Generator().manual_seed(1)
+                    batch = clips.draw(32, dice, tasks={task: 1.0})
+                    noise = torch.randn(batch.latents.shape, generator=dice)
+                    times = torch.linspace(0.05, 0.98, len(noise))
+                    result[f"{name}_{task}"] = float(self._error(batch, noise, times).mean())
+        return result
+
+    @torch.no_grad()
+    def _sheet(self, scale: float = 3.0, steps: int = 20) -> Image.Image:
+        """Return held-out captions made, and held-out clips going on from their first frames: every second frame."""
+        dice = torch.Generator().manual_seed(2)
+        rows = []
+        for task in ("unconditional", "predict"):
+            batch = self.held_clips.draw(5, dice, tasks={task: 1.0})
+            noise = torch.randn(batch.latents.shape, generator=dice).to(self.device)
+            clean, mask = batch.latents.to(self.device), batch.mask.to(self.device)
+            made = euler(self._guided(batch.prompts, clean, mask, scale), noise, steps)
+            rows.append(blend(clean, made, mask))
+        return contact_sheet(torch.cat(rows)[:, :, ::2])
+
+    def _guided(self, prompts: dict[str, Tensor], clean: Tensor, mask: Tensor, scale: float) -> Denoiser:
+        """Return what leads from the empty caption to the given ones."""
+        scripts, count = self.held_clips.scripts, len(clean)
+        asked_for = {name: value.to(self.device) for name, value in prompts.items()}
+        empty = {
+            "encoder_hidden_states": scripts.tokens[:1].float().expand(count, -1, -1).to(self.device),
+            "encoder_attention_mask": scripts.mask[:1].expand(count, -1).to(self.device),
+        }
+
+        def denoise(noisy: Tensor, times: Tensor) -> Tensor:
+            both = [
+                self.model(noisy, times * 1000, mask=mask, clean=clean, **heard, return_dict=False)[0]
+                for heard in (empty, asked_for)
+            ]
+            return both[0] + scale * (both[1] - both[0])
+
+        return denoise
+
+
+def contact_sheet(clips: Tensor, enlarge: int = 2) -> Image.Image:
+    """Clips [B, 3, F, H, W] in -1..1 as one picture, a row a clip."""
+    pixels = ((clips.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    board = pixels.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)  # [B H, F W, 3]
+    picture = Image.fromarray(board.contiguous().numpy())
+    return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    recipe, given = asked(__doc__)
+    MotionTrainer(recipe, given.out, given.minutes, given.start).run()
+
+
+if __name__ == "__main__":
+    main()
