@@ -15,6 +15,8 @@ from acceleration._sparse import Bits, sparse_attention, tiles
 from acceleration.base import Run
 from dit.seams import Attending, attention_seam, blocks_of, unseen
 
+FULL = 0.95
+"""Part of the tiles from which on dense attention is as good."""
 _UNKNOWN_STEPS = 50  # what warm-up fractions are taken of where nobody says how long a run is
 
 
@@ -124,6 +126,12 @@ class Sight:
         if M % block:
             columns[-1] = True
         return queries, columns
+
+    def full(self, rows: int, block: int) -> str | None:
+        """Say so where the tiles that are always kept are nearly all of them: beside a long prompt nothing is left to thin out."""
+        queries, columns = (float(one.float().mean()) for one in self.forced(rows, block))
+        share = 1 - (1 - queries) * (1 - columns)
+        return f"its prompt lies in {share:.0%} of the tiles, which are always kept" if share >= FULL else None
 
 
 Chooses = Callable[[Sight, Layer], Tensor | None]
@@ -299,11 +307,18 @@ def effect(name: str, run: Run) -> str:
         sum(row.calls for row in rows if row.reason is None or row.sparse),
     )
     if not sparse:
-        return f"{name}: every attention call was dense"
+        tried = [row for row in rows if _tried(row)]
+        reason = f" ({max(tried, key=lambda row: row.tokens).reason})" if tried else ""
+        return f"{name}: every attention call was dense{reason}"
     density = sum(row.density for row in rows) / sparse
     weighed = sum(row.weighed for row in rows)
     recall = f", recall {sum(row.recall for row in rows) / weighed:.3f}" if weighed else ""
     return f"{name}: {sparse} of {eligible} attention calls sparse, density {density:.2f}{recall}"
+
+
+def _tried(row: Row) -> bool:
+    """Whether a layer stayed dense because of what was found when its tiles were looked for."""
+    return any(word in (row.reason or "") for word in ("faster", "recall", "tiles"))
 
 
 def untouched(settings: Settings, run: Run) -> str | None:
@@ -314,7 +329,7 @@ def untouched(settings: Settings, run: Run) -> str | None:
     if not rows:
         return "none of its attention calls was seen; it does not use scaled_dot_product_attention"
     main = [row for row in rows if row.kind != "cross"]
-    if any(row.reason is not None and ("faster" in row.reason or "recall" in row.reason) for row in rows):
+    if any(map(_tried, rows)):
         return None  # tried, measured and said in the notes
     reasons = dict.fromkeys(row.reason or "" for row in sorted(main or rows, key=lambda row: -row.tokens))
     return "; ".join(list(reasons)[:3])

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from acceleration._attending import Layer, Sight, Thinning, effect, refuses, untouched
+from acceleration._attending import FULL, Layer, Sight, Thinning, effect, refuses, untouched
 from acceleration._sparse import Bits, block_mass
 from acceleration.base import Accelerator, Run
 from dit.spec import knob, spec
@@ -96,12 +96,10 @@ class AdaSpa(Accelerator):
         found = self.chosen(mass, *sight.forced(self.rows, self.block))
         layer.step, layer.dense = sight.step, None
         sight.row.weigh(found.recall)
-        if found.density >= 0.95:
-            layer.mask, layer.dense, layer.density = (
-                None,
-                "its recall is too low at any density worth it",
-                1.0,
-            )
+        if found.density >= FULL:
+            low = "its recall is too low at any density worth it"
+            layer.mask, layer.density = None, 1.0
+            layer.dense = sight.full(self.rows, self.block) or low
         else:
             layer.mask, layer.density = Bits.of(found.kept), found.density
 

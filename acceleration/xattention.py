@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acceleration._attending import Layer, Sight, Thinning, effect, refuses, untouched
+from acceleration._attending import FULL, Layer, Sight, Thinning, effect, refuses, untouched
 from acceleration._sparse import sampled_recall, tiles, ungrouped
 from acceleration.base import Accelerator, Run
 from dit.spec import knob, spec
@@ -64,8 +64,8 @@ class XAttention(Accelerator):
                 sampled_recall(q, k, kept, self.rows, self.block, keys=sight.keys, scale=call.scale)
             )
         layer.step = sight.step
-        if layer.density >= 0.95:
-            layer.dense = "its recall needs nearly all tiles"
+        if layer.density >= FULL:
+            layer.dense = sight.full(self.rows, self.block) or "its recall needs nearly all tiles"
             return None
         return kept
 

@@ -37,12 +37,12 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         sent, received, group = ctx.way
-        return _Exchange.apply(grads[0], received, sent, group), None, None, None
+        return exchange(grads[0], received, sent, group), None, None, None
 
 
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Any = None) -> Tensor:
     """Send the first `sent[0]` elements of a flat tensor to rank 0, the next to rank 1, ...; return what came, by rank."""
-    out: Tensor = _Exchange.apply(x, sent, received, group)
+    out: Tensor = _Exchange.apply(x, sent, received, group)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -135,7 +135,7 @@ def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 def _for_heads(x: Tensor, text: Sequence[int], heads: Sequence[int], share: Share) -> Tensor:
-    """This rank's tokens with all heads [B, n, K, head size] -> all tokens, text first, with its heads [B, L + N, k, head size]."""
+    """Own tokens with all heads [B, n, K, head size] -> all tokens, text first, with own heads [B, L + N, k, head size]."""
     batch, _, _, size = x.shape
     mine = heads[share.ranks.rank]
     parts = [part.reshape(-1) for part in x.split(list(heads), dim=2)]

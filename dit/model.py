@@ -101,7 +101,7 @@ class Backbone(
     def _resolve_parallel_config(self, config: Any) -> Any:
         return resolved(self, config)
 
-    def _shared(
+    def _among_ranks(
         self, context: Context, x: Tensor, text: Tensor | None = None
     ) -> tuple[Share | None, Context, Tensor, Tensor]:
         """Return who has what of a sequence, and this rank's context, picture and text tokens; all of them in a single process."""
@@ -110,7 +110,7 @@ class Backbone(
             return None, context, x, words
         from dit.mixers.full import Mixer
 
-        frames = parse(Mixer, self.config["mixer"]).shared == "frames"
+        frames = parse(Mixer, self.config["mixer"]).cut_between == "frames"
         share = Share.of(Ranks.of(self._parallel_config), context.grid, words.shape[1], frames=frames)
         return share, share.context(context), share.cut(x), share.cut_text(words)
 

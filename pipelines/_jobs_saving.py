@@ -9,19 +9,24 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines._jobs_records import Job
 from pipelines._jobs_store import LedgerError
-from pipelines.result import SaveError
+from pipelines.result import SaveError, sync_folder
 
 if TYPE_CHECKING:
     from pipelines.jobs import Ledger
 
 PREFIX = ".leapfrog-"
 SAME_NAMES = 100_000
+SPENT = ("done", "cancelled", "poisoned")
+"""States in which latents are of no more use; a job that failed may be tried again, and then goes on from them."""
+KEPT_SECONDS = 7 * 86_400.0
+"""How long latents of any other job are kept, in s."""
 
 
 class DiskFull(RuntimeError):
@@ -67,14 +72,14 @@ def stage(ledger: Ledger, job: Job, results: Mapping[str, Any], draft: Path) -> 
         results: by what is added to their names, "" for the one that the job is called after.
     """
     wanted = Path(job.item.output.replace("\\", "/"))
-    (saved,) = results[""].save(draft / wanted.name if job.item.output else draft)
-    stem, pictures = saved.stem, [saved]
+    saved, *others = results[""].save(draft / wanted.name if job.item.output else draft)  # others: panels of one set
+    stem, pictures = wanted.stem if others and job.item.output else saved.stem, [saved, *others]
     for more, result in results.items():
         if more:
             pictures += result.save(draft / f"{stem}{more}{saved.suffix}")
     place = Path(job.item.folder) / wanted.parent
     place.mkdir(parents=True, exist_ok=True)
-    target = ledger.target(job, _names(place, saved) if not job.item.output else iter([place / saved.name]))
+    target = ledger.target(job, _names(place, saved) if not job.item.output else iter([place / f"{stem}{saved.suffix}"]))
     if target is None:
         return None
     finals = {one: target.with_name(target.stem + one.name[len(stem) :]) for one in sorted(draft.iterdir())}
@@ -97,19 +102,24 @@ def sweep(ledger: Ledger, batch: str) -> int:
     return removed
 
 
+def prune(ledger: Ledger, latents: Path) -> None:
+    """Delete the kept latents of jobs that nobody will make: ended ones, and after a week those that wait for nobody either."""
+    for folder in latents.iterdir() if latents.is_dir() else ():
+        with contextlib.suppress(OSError):  # another worker prunes too
+            job = ledger.get(folder.name)
+            old = time.time() - folder.stat().st_mtime > KEPT_SECONDS
+            if (job is not None and job.state in SPENT) or (old and (job is None or job.over)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def publish(staged: Mapping[Path, Path]) -> None:
     """Rename drafts to their final names, in order, and synchronise the folders. Raises: OSError."""
     for draft, final in staged.items():
         if final.is_dir():  # a folder of frames: the system renames no folder over a full one
             shutil.rmtree(final)
         os.replace(draft, final)
-    if os.name == "posix":
-        for folder in {final.parent for final in staged.values()}:
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+    for folder in {final.parent for final in staged.values()}:
+        sync_folder(folder)
 
 
 def _names(place: Path, saved: Path) -> Iterator[Path]:

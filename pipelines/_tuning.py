@@ -25,7 +25,9 @@ SHOWN = 60
 """Most points of a curve in a progress: the front, and the nearest behind it."""
 
 
-def item(settings: Request, budget: str, minutes: float, *, owner: str = "", prompts: Sequence[str] = ()) -> Item:
+def item(
+    settings: Request, budget: str, minutes: float, *, owner: str = "", prompts: Sequence[str] = ()
+) -> Item:
     """Return a search as an item of the ledger.
 
     Args:
@@ -42,10 +44,14 @@ def item(settings: Request, budget: str, minutes: float, *, owner: str = "", pro
         raise RequestError("minutes", minutes, f"above 0 and at most {LONGEST}")
     tags = {"source": "tune", "budget": wish, "minutes": float(minutes), "prompts": list(prompts)}
     plain = settings.replace(images=1, accelerators=(), profile=None)
-    return Item(request=plain.to_dict(), id=f"tune-{secrets.token_urlsafe(12)}", owner=owner, kind="tune", tags=tags)
+    return Item(
+        request=plain.to_dict(), id=f"tune-{secrets.token_urlsafe(12)}", owner=owner, kind="tune", tags=tags
+    )
 
 
-def tuned(request: Request, tags: Mapping[str, Any], tell: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def tuned(
+    request: Request, tags: Mapping[str, Any], tell: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
     """Search, and return the report of the job: curve, profile and its name, or in words why there is none.
 
     Args:

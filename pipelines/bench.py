@@ -48,7 +48,10 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; an infinite PSNR is null."""
         psnr = None if math.isinf(self.psnr) else round(self.psnr, 2)
-        return dataclasses.asdict(self) | {"psnr": psnr, "identical": math.isinf(self.psnr) and not self.refused}
+        return dataclasses.asdict(self) | {
+            "psnr": psnr,
+            "identical": math.isinf(self.psnr) and not self.refused,
+        }
 
     def __str__(self) -> str:
         if self.refused:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipelines import _batching, _clipping, _examining, _gridding, _measuring, _serving, controls
+from pipelines import _batching, _clipping, _examining, _gridding, _measuring, _serving, controls, ranks
 from pipelines.form import add_options, fields, read
 from pipelines.request import Request, RequestError
 
@@ -52,8 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="show the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    one = _command(commands, "generate", _generate, "make pictures from a prompt")
+    one = _command(commands, "generate", ranks.command(_generate), "make pictures from a prompt")
     _request_options(one)
+    ranks.add_option(one)
     _clipping.add_output(one)
     one.add_argument("--overwrite", action="store_true", help="replace files that are there")
     one.add_argument("--dry-run", action="store_true", help="check everything, make nothing")
@@ -97,6 +98,8 @@ def _generate(options: argparse.Namespace) -> int:
     target, keep = _target(options), _clipping.kept(options)
     with progress(options) as on_step:
         result = generate(request, on_step=on_step, keep=keep)
+    if not ranks.saves():
+        return DONE
     paths = result.save(target, overwrite=options.overwrite)
     keep.forget()
     for warning in result.report["warnings"]:

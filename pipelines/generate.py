@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines import catalog, controls, machine, profile, ranks
 from pipelines._kept import Latents, slot_of
@@ -28,8 +28,6 @@ from pipelines.panel_sets import apart, check_panels
 from pipelines.request import Request, RequestError
 from pipelines.result import Picture, Result, pixel_hash
 
-if TYPE_CHECKING:
-    pass
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
@@ -221,7 +219,7 @@ def _picture(request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch) ->
 
 def _explained(error: Exception, request: Request) -> Exception:
     """Return the error of a pipeline as one of the request, where it speaks of the request."""
-    if isinstance(error, RequestError):
+    if isinstance(error, RequestError) or ranks.unshareable(error):
         return error
     if request.scheduler != "default":
         return RequestError("scheduler", request.scheduler, f"one that this pipeline can drive ({error})")

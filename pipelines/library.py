@@ -105,7 +105,7 @@ class HuggingFace:
 
         with _told(model):
             found = hub.HfApi().model_info(model, files_metadata=True)
-        card = found.card_data or {}
+        card: Any = found.card_data or {}
         words = card.get("license_name") or card.get("license") or ""
         told = next((tag.partition(":")[2] for tag in found.tags or () if tag.startswith("license:")), "")
         sizes = {one.rfilename: int(one.size or 0) for one in found.siblings or ()}

@@ -66,7 +66,9 @@ class Likeness:
             return "identical"
         if floor is not None and found.psnr >= floor:
             return "within noise"
-        return {"within rounding": "small", "a different picture": "different picture"}.get(found.verdict, found.verdict)
+        return {"within rounding": "small", "a different picture": "different picture"}.get(
+            found.verdict, found.verdict
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; an infinite PSNR is null."""
@@ -87,7 +89,9 @@ def likeness(a: Path, b: Path, names: tuple[str, str] = ("A", "B")) -> Likeness:
     """
     left, right = (_pixels(path, name) for path, name in zip((a, b), names, strict=True))
     if left.shape != right.shape:
-        raise RequestError("results", f"{names[0]} {_shape(left)}, {names[1]} {_shape(right)}", "of one size and length")
+        raise RequestError(
+            "results", f"{names[0]} {_shape(left)}, {names[1]} {_shape(right)}", "of one size and length"
+        )
     if min(left.shape[1:3]) < WINDOW:
         raise RequestError("results", _shape(left), f"with sides of {WINDOW} px or more")
     errors = [_error(x, y) for x, y in zip(left, right, strict=True)]
@@ -145,10 +149,14 @@ def _pixels(path: Path, name: str) -> Array:
             with Image.open(path) as opened:
                 _check_size(name, opened.width * opened.height * getattr(opened, "n_frames", 1))
                 single = getattr(opened, "n_frames", 1) == 1
+        except RequestError:
+            raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise RequestError(name, path.name, f"at most {PIXELS // 1_000_000} million pixels") from None
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError):
-            raise RequestError(name, path.name, "a readable PNG, JPEG, WebP or BMP picture, or a clip") from None
+            raise RequestError(
+                name, path.name, "a readable PNG, JPEG, WebP or BMP picture, or a clip"
+            ) from None
         if single:
             picture, _ = read_image(str(path), name)
             assert picture is not None
@@ -161,7 +169,9 @@ def _pixels(path: Path, name: str) -> Array:
 
 def _check_size(name: str, pixels: int) -> None:
     if pixels > PIXELS:
-        raise RequestError(name, f"{pixels / 1e6:.0f} million pixels", f"at most {PIXELS // 1_000_000} million")
+        raise RequestError(
+            name, f"{pixels / 1e6:.0f} million pixels", f"at most {PIXELS // 1_000_000} million"
+        )
 
 
 def _error(x: Array, y: Array) -> float:

@@ -270,7 +270,7 @@ class _Reader:
         given = values.pop("output", "")
         reason = file_name(given) if given != "" else None
         if isinstance(given, str) and given.lower().endswith(".frames"):
-            reason = "a folder of frames is no file"
+            reason = "a batch makes one file of an item; .mp4, .gif and .png hold all frames of a clip"
         if reason is not None:
             self._wrong(
                 line, "output", given, f"a file name, or folder/name, inside the output folder ({reason})"

@@ -104,21 +104,27 @@ def shared_networks(pipeline: Any) -> Iterator[None]:
     if now is None:
         yield
         return
-    from dit.context_parallel import shared
+    from dit.context_parallel import Unshareable, shared
     from pipelines.networks import networks_of
 
-    with contextlib.ExitStack() as stack:
-        networks = networks_of(pipeline)
-        try:
+    networks = networks_of(pipeline)
+    if not networks:
+        allowed = f"left out: {type(pipeline).__name__} has no transformer"
+        raise RequestError("context_parallel", now.how, allowed)
+    try:
+        with contextlib.ExitStack() as stack:
             for network in networks.values():
                 stack.enter_context(shared(network, now.how, now.mesh))
-        except ValueError as error:
-            raise RequestError("context_parallel", now.how, f"left out here: {error}") from None
-        if not networks:
-            raise RequestError(
-                "context_parallel", now.how, f"left out: {type(pipeline).__name__} has no transformer"
-            )
-        yield
+            yield
+    except Unshareable as error:
+        raise RequestError("context_parallel", now.how, f"left out here: {error}") from error
+
+
+def unshareable(error: Exception) -> bool:
+    """Whether an error says that ranks cannot share a sequence: `shared_networks` turns it into one of the request."""
+    from dit.context_parallel import Unshareable
+
+    return isinstance(error, Unshareable)
 
 
 def noted() -> dict[str, Any]:
@@ -151,7 +157,7 @@ def command(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Name
                 )
         with together(options.context_parallel) as now:
             try:
-                return run(options)
+                return 0 if now.rank and options.dry_run else run(options)
             except RequestError:
                 if now.rank == 0:
                     raise
@@ -167,9 +173,6 @@ def _started(how: str) -> tuple[int, int]:
     except (KeyError, ValueError):
         size, local = 1, 0
     if size < 2:
-        raise RequestError(
-            "context_parallel",
-            how,
-            "given to 2 or more processes: torchrun --nproc-per-node 2 -m pipelines.cli ...",
-        )
+        allowed = "given to 2 or more processes: torchrun --nproc-per-node 2 -m pipelines.cli generate ..."
+        raise RequestError("context_parallel", how, allowed)
     return size, local

@@ -197,7 +197,7 @@ def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
         finally:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 other.unlink()
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise SaveError(path, error) from error
 
@@ -225,7 +225,7 @@ def write_folder(path: Path, files: dict[str, bytes], *, overwrite: bool = False
                 other.rename(path)
         finally:
             shutil.rmtree(other, ignore_errors=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise error if isinstance(error, SaveError) else SaveError(path, error) from error
 
@@ -264,7 +264,8 @@ def _publish(other: Path, path: Path, overwrite: bool) -> None:
         os.rename(other, path)  # file systems without hard links
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Put a folder's names safely on the disk, where the system can. Raises: OSError."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.timeline import safe
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560.0, 300.0, 52.0, 34.0, 44.0
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560.0, 300.0, 62.0, 46.0, 44.0
 """The field of the drawing and what lies around it, in px."""
 HIGHEST = 100.0
 """PSNR in dB that identical pictures are counted as."""
@@ -59,11 +59,13 @@ def scatter(dots: Sequence[Dot], *, wish: float | None = None, caption: str = ""
         up = (min(max(decibels, low), high) - low) / (high - low)
         return LEFT + WIDTH * across, TOP + HEIGHT * (1 - up)
 
-    parts = _axes(at, low, high, slow, fast)
+    parts = _axes(at, low, high, slow, fast, _identical(dots))
     if wish is not None:
         y = at(1, wish)[1]
         parts.append(f'<path d="M{LEFT} {y:.1f}h{WIDTH}" stroke="#b45309" stroke-dasharray="7 4"/>')
-        parts.append(f'<text x="{LEFT + WIDTH - 4}" y="{y - 5:.1f}" text-anchor="end">wished: {wish:g} dB</text>')
+        parts.append(
+            f'<text x="{LEFT + WIDTH - 4}" y="{y - 5:.1f}" text-anchor="end">wished: {wish:g} dB</text>'
+        )
     places = [at(one.speedup, min(one.psnr, HIGHEST)) for one in best]
     if len(best) > 1:
         parts.append(f'<polyline class="front" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" '
@@ -73,7 +75,8 @@ def scatter(dots: Sequence[Dot], *, wish: float | None = None, caption: str = ""
     told = f"{len(dots)} settings by speed and likeness, {len(best)} of them beaten by no other"
     head = f'<text x="0" y="14" font-weight="bold">{safe(caption)}</text>' if caption else ""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="scatter" viewBox="-6 0 {LEFT + WIDTH + 24:.0f} {TOP + HEIGHT + BOTTOM:.0f}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="scatter" '
+        f'viewBox="-6 0 {LEFT + WIDTH + 24:.0f} {TOP + HEIGHT + BOTTOM:.0f}" '
         f'font-family="sans-serif" font-size="12" role="img" aria-label="{safe(told)}" data-dots="{len(dots)}" '
         f'data-front="{len(best)}"><rect class="paper" x="-6" width="100%" height="100%" fill="#fff"/>{head}{"".join(parts)}</svg>'
     )
@@ -89,19 +92,27 @@ def ordered(dots: Sequence[Dot]) -> list[tuple[int, Dot, bool]]:
 
 
 def _limits(dots: Sequence[Dot], wish: float | None) -> tuple[float, float, float, float]:
-    """Return lowest and highest PSNR, slowest and fastest speed-up of the field."""
-    levels = [min(one.psnr, HIGHEST) for one in dots] + ([] if wish is None else [wish])
-    low, high = 5 * math.floor(min(levels) / 5 - 0.2), 5 * math.ceil(max(levels) / 5 + 0.2)
+    """Return lowest and highest PSNR, slowest and fastest speed-up of the field; identical pictures stand on its upper edge."""
+    levels = [one.psnr for one in dots if one.psnr < HIGHEST] + ([] if wish is None else [wish])
+    low, high = (
+        5 * math.floor(min(levels, default=35) / 5 - 0.2),
+        5 * math.ceil(max(levels, default=35) / 5 + 0.2),
+    )
+    high = max(high, low + 10) + (5 if _identical(dots) else 0)
     speeds = [one.speedup for one in dots if one.speedup > 0] or [1.0]
-    return min(low, HIGHEST - 10), min(HIGHEST, max(high, low + 10)), min(0.95, 0.92 * min(speeds)), max(2.0, 1.15 * max(speeds))
+    return low, high, min(0.95, 0.92 * min(speeds)), max(2.0, 1.15 * max(speeds))
 
 
-def _axes(at: Any, low: float, high: float, slow: float, fast: float) -> list[str]:
+def _identical(dots: Sequence[Dot]) -> bool:
+    return any(one.psnr >= HIGHEST for one in dots)
+
+
+def _axes(at: Any, low: float, high: float, slow: float, fast: float, identical: bool) -> list[str]:
     parts = []
     step = 5 if high - low <= 45 else 10
-    for level in range(int(low), int(high) + 1, step):
+    for level in range(int(high), int(low) - 1, -step):
         y = at(1, level)[1]
-        words = "identical" if level >= HIGHEST else f"{level}"
+        words = "identical" if identical and level > high - step else f"{level}"
         parts.append(f'<path d="M{LEFT} {y:.1f}h{WIDTH}" stroke="#e7e5e4"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{words}</text>')
     last = -math.inf
@@ -112,15 +123,19 @@ def _axes(at: Any, low: float, high: float, slow: float, fast: float) -> list[st
             dash = "" if speed == 1 else ' stroke-dasharray="2 3"'
             parts.append(f'<path d="M{x:.1f} {TOP}v{HEIGHT}" stroke="#a8a29e"{dash}/>')
             parts.append(f'<text x="{x:.1f}" y="{TOP + HEIGHT + 17}" text-anchor="middle">{speed:g}x</text>')
-    parts.append(f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#78716c"/>')
+    parts.append(
+        f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#78716c"/>'
+    )
     middle = LEFT + WIDTH / 2
-    parts.append(f'<text x="{middle}" y="{TOP + HEIGHT + 36}" text-anchor="middle">speed-up of denoising</text>')
-    parts.append(f'<text x="{LEFT}" y="{TOP - 7}">PSNR to the exact picture, dB</text>')
+    parts.append(
+        f'<text x="{middle}" y="{TOP + HEIGHT + 36}" text-anchor="middle">speed-up of denoising</text>'
+    )
+    parts.append(f'<text x="0" y="{TOP - 20}">PSNR to the exact picture, dB</text>')
     return parts
 
 
 def _mark(number: int, one: Dot, best: bool, x: float, y: float) -> list[str]:
-    like = "identical" if math.isinf(one.psnr) else f"{one.psnr:.1f} dB"
+    like = "identical" if one.psnr >= HIGHEST else f"{one.psnr:.1f} dB"
     kind = "" if one.measured else ", estimated"
     about = f"{number}: {one.label}: {one.speedup:.2f}x{kind}, {like}"
     fill, dash = ("#047857", "") if best else ("#fff", "" if one.measured else ' stroke-dasharray="2 2"')

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pipelines.request import RequestError
-from pipelines.result import SaveError
+from pipelines.result import SaveError, sync_folder
 
 if TYPE_CHECKING:
     from pipelines.jobs import Job, Ledger
@@ -212,7 +212,7 @@ class Shards:
                 os.replace(draft, path)
             finally:
                 draft.unlink(missing_ok=True)
-            _sync(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise SaveError(path, error) from error
         self._db.execute("INSERT INTO shards VALUES (?, ?, ?)", (number, path.name, digest))
@@ -315,13 +315,3 @@ def _remove(job: Job) -> None:
         for path in (Path(name), Path(name).with_suffix(".json")):
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

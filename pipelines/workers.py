@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines._jobs_pool import Pool
-from pipelines._jobs_saving import DiskFull, is_full, stage, staging, sweep
+from pipelines._jobs_saving import SPENT, DiskFull, is_full, prune, stage, staging, sweep
 from pipelines.jobs import Job, Ledger, LedgerError
 from pipelines.request import Request, RequestError
 
@@ -41,7 +41,7 @@ PAUSE = 0.25
 """How long a worker without work waits before it looks again, in s."""
 HUNG = 3600.0
 """How long one step may take before a worker counts as hung and its lease runs out, in s."""
-GRACE = 4.0
+GRACE = 3.0
 """How long a stopped worker process may go on with its step before it gives the job back and ends, in s."""
 ROUNDS = 2
 """Timed runs of each kind in a comparison."""
@@ -107,6 +107,7 @@ class Worker:
 
     def _run(self, until_empty: bool) -> int:
         finished = 0
+        prune(self.ledger, self.latents)
         if self.batch is not None:
             self.ledger.verify(self.batch)
         while not self._stopping.is_set():
@@ -167,7 +168,7 @@ class Worker:
         finally:
             self.job = None
             now = self.ledger.get(job.name)
-            if now is None or now.state in ("done", "cancelled"):
+            if now is None or now.state in SPENT:
                 shutil.rmtree(self._kept(job), ignore_errors=True)
         return False
 

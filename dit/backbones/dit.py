@@ -194,7 +194,7 @@ class DiT(Backbone):
         return DiTBlock(**settings)
 
     def _through(self, x: Tensor, temb: Tensor, context: Context) -> Tensor:
-        share, context, x, _ = self._shared(context, x)
+        share, context, x, _ = self._among_ranks(context, x)
         for block in self.transformer_blocks:
             x = self._run(block, hidden_states=x, temb=part_of(share, temb, tokens=True), context=context)
         return whole_of(share, x)

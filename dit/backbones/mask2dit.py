@@ -169,7 +169,7 @@ class Mask2DiT(Backbone):
         context = dataclasses.replace(
             context, rotary=still(rotary, segments.length), attention_kwargs=joint_attention_kwargs or {}
         )
-        share, context, video, text = self._shared(context, video, text)
+        share, context, video, text = self._among_ranks(context, video, text)
         for block in self.transformer_blocks:
             text, video = self._run(
                 block, hidden_states=video, encoder_hidden_states=text, temb=time, context=context

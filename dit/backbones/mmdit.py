@@ -273,7 +273,7 @@ class MMDiT(Backbone):
             mask=joint_mask(encoder_attention_mask, grid.tokens),
             attention_kwargs=joint_attention_kwargs or {},
         )
-        share, context, image, text = self._shared(context, image, text)
+        share, context, image, text = self._among_ranks(context, image, text)
         for blocks, added in (
             (self.transformer_blocks, controlnet_block_samples),
             (self.single_transformer_blocks, controlnet_single_block_samples),

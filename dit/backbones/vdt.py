@@ -185,7 +185,7 @@ class VDT(Backbone):
         self, x: Tensor, temb: Tensor, context: Context, given: Given | None, heard: Tensor | None
     ) -> Tensor:
         """Take the tokens [B, N, D] through all blocks; where ranks share a clip, each has a part of it."""
-        share, context, x, _ = self._shared(context, x)
+        share, context, x, _ = self._among_ranks(context, x)
         if share is not None:
             temb = share.vectors(temb)
             given = None if given is None else dataclasses.replace(given, tokens=share.cut(given.tokens))

@@ -31,8 +31,8 @@ class Mixer(Spec):
         return False
 
     @property
-    def shared(self) -> str:
-        """How ranks may share the sequence: cut between any "tokens", between "frames", or not at all, ""."""
+    def cut_between(self) -> str:
+        """Where ranks may cut a sequence that they share: between any "tokens", between "frames", or nowhere, ""."""
         return ""
 
     def at(self, block: int) -> Mixer:
@@ -68,7 +68,7 @@ class Full(Mixer):
     qk_norm: bool = knob(False, "RMS-normalise queries and keys per head")
 
     @property
-    def shared(self) -> str:
+    def cut_between(self) -> str:
         return "tokens"
 
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:

@@ -38,7 +38,7 @@ class Scenes(Mixer):
     qk_norm: bool = knob(default=False, label="RMS-normalise queries and keys per head")
 
     @property
-    def shared(self) -> str:
+    def cut_between(self) -> str:
         return "tokens"
 
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:

@@ -33,7 +33,7 @@ class SpaceTime(Mixer):
         return True
 
     @property
-    def shared(self) -> str:
+    def cut_between(self) -> str:
         return "frames"
 
     def build(self, width: int, heads: int, *, qk_norm: bool = False, pre_only: bool = False) -> nn.Module:

@@ -2,160 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
+from PIL import Image
 
-from control import _files
-from control.base import Control
 from control.easycontrol import EasyControl
 from control.lora import LoRA
-from control.relactrl import RelaCtrl
-from control.unic_adapter import UNICAdapter
 from pipelines import catalog, cli, controls, machine
-from pipelines._steering_files import sketch
 from pipelines.generate import generate
 from pipelines.repro import repro
 from pipelines.request import Request, RequestError
 
-Folder = Callable[[str], Path]
-
-
-def written(
-    control: Control, path: Path, network: Any, about: dict[str, Any] | None = None, seed: int = 1
-) -> Path:
-    """Save an adapter with random weights that do something."""
-    adapter = control.build(network)
-    draw = torch.Generator().manual_seed(seed)
-    for one in adapter.parameters():
-        one.data = one.data + torch.randn(one.shape, generator=draw) * 0.3
-    return _files.save(adapter, path, network, about)
-
-
-@pytest.fixture(scope="module")
-def place(folder_of: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with adapters of its own, and pictures beside it."""
-    place = tmp_path_factory.mktemp("control")
-    shutil.copytree(folder_of("ours"), place / "model")
-    network = catalog.load(str(place / "model")).pipeline.transformer
-    own = place / "model" / "adapters"
-    own.mkdir()
-    written(EasyControl(rank=4), own / "edges.safetensors", network, {"condition": "edges"})
-    written(
-        EasyControl(rank=2), own / "small.safetensors", network, {"condition": "masks", "size": 0.5}, seed=2
-    )
-    written(RelaCtrl(heads=1), own / "rela.safetensors", network, {"condition": "edges"}, seed=3)
-    written(
-        UNICAdapter(rank=2),
-        own / "unic.safetensors",
-        network,
-        {"condition": "grey", "instruction": "a red cat"},
-        seed=4,
-    )
-    written(LoRA(rank=4), place / "style.safetensors", network, seed=5)
-    written(LoRA(rank=2), place / "other.safetensors", network, seed=6)
-    image = Image.new("RGB", (50, 40), "white")
-    ImageDraw.Draw(image).ellipse((8, 6, 34, 32), fill=(200, 30, 30))
-    image.save(place / "pic.png")
-    Image.new("RGB", (32, 32)).save(place / "black.png")
-    Image.effect_noise((32, 32), 90).convert("RGB").save(place / "start.png")
-    half = Image.new("L", (32, 32))
-    half.paste(255, (0, 0, 16, 32))
-    half.save(place / "half.png")
-    return place
-
-
-@pytest.fixture
-def asked(place: Path) -> Request:
-    return Request(prompt="a red cat", model=str(place / "model"), steps=4, width=32, height=32, seed=2)
-
-
-def pixels(request: Request) -> str:
-    return str(generate(request).report["pixels"])
-
-
-# Text forms
-
-
-def test_text_dictionary_and_object_are_one(tmp_path: Path) -> None:
-    texts = (
-        "edges=pic.png:0.8",
-        "edges@canny:low=0.02,high=0.5=a b,c.png:1,start=0.25,end=0.5,region=m.png",
-        "./x.safetensors=C:\\pictures\\1.png,raw=true,curve=1/0.5/0",
-    )
-    request = Request(
-        prompt="a", controls=texts, loras=("style.safetensors:0.7", "x.safetensors,start=0.5,task=cats")
-    )
-    first, second, third = (one.to_dict() for one in request.controls)
-    assert (first["adapter"], first["file"], first["strength"]) == ("edges", "pic.png", 0.8)
-    assert (second["condition"], second["file"], second["end"]) == (
-        "canny:low=0.02,high=0.5",
-        "a b,c.png",
-        0.5,
-    )
-    assert (third["file"], third["raw"], third["curve"]) == ("C:\\pictures\\1.png", True, [1.0, 0.5, 0.0])
-    again = Request.from_dict(json.loads(json.dumps(request.to_dict())))
-    assert again == request
-    texts_again = [one.text for one in request.controls]  # type: ignore[attr-defined]
-    assert Request(prompt="a", controls=texts_again).controls == request.controls
-    assert Request.from_dict({"prompt": "a"}).controls == (), "a file from before has none"
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("edges", "no adapter in front of ="), ("=pic.png", "no adapter"), ("edges=", "no file"), ("edges=p.png:-1", "0 to 10"),
-        ("edges=p.png:nan", "finite"), ("edges=p.png:99", "0 to 10"), ("edges=p.png:1,strat=2", "no setting strat"),
-        ("edges@cany=p.png", "did you mean 'canny'"), ("edges@canny:low=7=p.png", "0 to 1"),
-        ("edges=p.png:1,start=0.5,end=0.5", "below"),
-        ("edges=p.png:1,curve=1", "2 to 1000"), ("edges=p.png:1,curve=a/b", "with / between"),
-        ("edges@canny=p.png:1,raw=true", "raw"),
-        ("edges=p\x00.png", "printable"), ("edges=" + "x" * 5000, "4096"),
-    ],
-)  # fmt: skip
-def test_bad_texts_name_what_is_wrong(text: str, words: str) -> None:
-    with pytest.raises(RequestError, match="controls must be") as caught:
-        Request(prompt="a", controls=(text,))
-    assert words in str(caught.value)
-    assert len(str(caught.value)) < 500
-
-
-def test_the_same_twice_and_too_many_are_refused() -> None:
-    for field, values in (
-        ("loras", ("x.safetensors:1", "x.safetensors:0.5")), ("controls", ("edges=a.png", "edges=a.png:1.0")),
-        ("loras", [f"{i}.safetensors" for i in range(9)]), ("controls", 5), ("loras", (5,)),
-        ("controls", ({"name": "control", "adapter": "a", "file": "b", "more": 1},)),
-        ("loras", ({"name": "control", "file": "x"},)),
-    ):  # fmt: skip
-        with pytest.raises(RequestError) as caught:
-            Request(prompt="a", **{field: values})  # type: ignore[arg-type]
-        assert caught.value.field == field
-    assert len(Request(prompt="a", controls=("edges=a.png", "edges=b.png")).controls) == 2, (
-        "two pictures, one adapter"
-    )
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.from_regex(r"[a-z]{1,8}(\.safetensors)?", fullmatch=True), st.from_regex(r"[\w ,.()/-]{0,20}\w\.png", fullmatch=True),
-    st.floats(0, 10), st.floats(0, 0.4), st.floats(0.5, 1),
-)  # fmt: skip
-def test_any_choice_survives_its_text(
-    adapter: str, file: str, strength: float, start: float, end: float
-) -> None:
-    one = controls.ControlChoice(adapter=adapter, file=file.strip(), strength=strength, start=start, end=end)
-    assert controls.read_all(controls.ControlChoice, one.text) == (one,)
-
+_place = importlib.util.spec_from_file_location("steered", Path(__file__).with_name("steered.py"))
+assert _place is not None
+assert _place.loader is not None
+steered = importlib.util.module_from_spec(_place)
+_place.loader.exec_module(steered)
+Folder, written, place = steered.Folder, steered.written, steered.place
+asked, pixels, refused = steered.asked, steered.pixels, steered.refused
 
 # What it does
 
@@ -174,8 +44,12 @@ def test_controls_steer_and_leave_nothing_behind(place: Path, asked: Request, tm
     assert rows[0]["acted"] == 4 * rows[0]["calls"] > 0, "four blocks hear it in every call"
     assert "edges 0.8 (28/28 keys)" in found.report["summary"]
     (path,) = found.save(tmp_path / "x.png")
-    assert Request.from_file(path) == asked.replace(controls=("edges=pic.png:0.8",), loras=("style.safetensors:0.7",))
-    assert str(place).encode() not in path.read_bytes().replace(asked.model.encode(), b""), "names, not places"
+    assert Request.from_file(path) == asked.replace(
+        controls=("edges=pic.png:0.8",), loras=("style.safetensors:0.7",)
+    )
+    assert str(place).encode() not in path.read_bytes().replace(asked.model.encode(), b""), (
+        "names, not places"
+    )
     assert str(place) not in path.with_suffix(".json").read_text().replace(asked.model, "")
     assert pixels(asked) == plain, "the next request knows nothing of it"
     assert pixels(request) == found.report["pixels"]
@@ -266,116 +140,6 @@ def test_diffusers_own_pipelines(name: str, folder_of: Folder, place: Path, tmp_
     found = generate(plain.replace(controls=(text,), loras=(f"{tmp_path}/l.safetensors",)))
     assert found.report["pixels"] != pixels(plain)
     assert all(row["acted"] for row in found.report["steering"]["parts"])
-
-
-# What is refused
-
-
-def refused(request: Request, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the words of a refusal that comes before any weights load."""
-    with monkeypatch.context() as patch:
-        patch.setattr(catalog, "load_folder", lambda *_: pytest.fail("weights were loaded"))
-        with pytest.raises(RequestError) as caught:
-            generate(request)
-    assert caught.value.field in ("controls", "loras", "mask")
-    return str(caught.value)
-
-
-def test_bad_pictures_are_refused_before_weights_load(
-    place: Path, asked: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "torn.png").write_bytes((place / "pic.png").read_bytes()[:60])
-    for file, words in (("none.png", "readable"), ("black.png", "black all over")):
-        assert words in refused(asked.replace(controls=(f"edges={place}/{file}",)), monkeypatch)
-    assert "readable" in refused(asked.replace(controls=(f"edges={tmp_path}/torn.png",)), monkeypatch)
-    assert "black all over" in refused(
-        asked.replace(controls=(f"edges={place}/black.png:1,raw=true",)), monkeypatch
-    )
-    for region in ("black.png", "none.png"):
-        text = f"edges={place}/pic.png:1,region={place}/{region}"
-        assert refused(asked.replace(controls=(text,)), monkeypatch)
-
-
-def test_adapters_that_do_not_fit_are_refused_before_weights_load(
-    place: Path, asked: Request, folder_of: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pic = place / "pic.png"
-    torch.save({"a": torch.zeros(2)}, tmp_path / "old.pth")
-    flux = catalog.load(str(folder_of("flux"))).pipeline.transformer
-    written(LoRA(rank=2), tmp_path / "flux.safetensors", flux)
-    written(EasyControl(rank=2), tmp_path / "fluxed.safetensors", flux, {"condition": "canny"})
-    save_file({"double_blocks.0.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "strange.safetensors")
-    save_file(
-        {
-            f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight": torch.zeros(3, 3)
-            for side in "AB"
-        },
-        tmp_path / "size.safetensors",
-    )
-    weights = load_file(place / "style.safetensors")
-    first = next(iter(weights))
-    save_file(weights | {first: weights[first] * torch.nan}, tmp_path / "nan.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((place / "style.safetensors").read_bytes()[:900])
-    for file, words in (
-        ("old.pth", "pickle checkpoint"), ("flux.safetensors", "is for FluxTransformer2DModel"),
-        ("strange.safetensors", "0/1 keys"),
-        ("size.safetensors", "another size"), ("nan.safetensors", "no finite numbers"), ("cut.safetensors", "safetensors"),
-        ("none.safetensors", "the model's own adapters are edges"),
-    ):  # fmt: skip
-        assert words in refused(asked.replace(loras=(f"{tmp_path}/{file}",)), monkeypatch)
-    assert "is for Flux" in refused(
-        asked.replace(controls=(f"{tmp_path}/fluxed.safetensors={pic}",)), monkeypatch
-    )
-    assert "did you mean 'edges'" in refused(asked.replace(controls=(f"edge={pic}",)), monkeypatch)
-    assert "use --control" in refused(asked.replace(loras=("edges",)), monkeypatch)
-    assert "@CONDITION or raw=true" in refused(
-        asked.replace(controls=(f"{place}/style.safetensors={pic}",)), monkeypatch
-    )
-    dit = Request(class_label=3, model=str(folder_of("dit")), controls=(f"x={pic}",))
-    assert "left out" in refused(dit, monkeypatch)
-
-
-def test_another_base_is_told_by_its_digest_and_can_be_taken_all_the_same(
-    place: Path, asked: Request, folder_of: Folder, tmp_path: Path
-) -> None:
-    network = sketch(place / "model")
-    assert network is not None
-    other = type(network).from_config(network.config)  # type: ignore[attr-defined]
-    torch.manual_seed(9)
-    for one in other.parameters():
-        torch.nn.init.normal_(one, std=0.1)
-    path = written(LoRA(rank=2), tmp_path / "foreign.safetensors", other)
-    digest = _files.base_digest(other)
-    with pytest.raises(RequestError, match=f"digest {digest}"):
-        generate(asked.replace(loras=(str(path),)))
-    assert generate(asked.replace(loras=(f"{path}:1,any_base=true",))).report["pixels"] != pixels(asked)
-
-
-def test_a_failing_file_leaves_the_model_as_it_was(place: Path, asked: Request, tmp_path: Path) -> None:
-    before = pixels(asked)
-    network = catalog.load(asked.model).pipeline.transformer
-    held = {name: dict(module.__dict__) for name, module in network.named_modules()}
-    path = shutil.copy(place / "style.safetensors", tmp_path / "bad.safetensors")
-    weights = load_file(path)
-    last = list(weights)[-1]
-    save_file(weights | {last: weights[last][:1, :1].contiguous()}, path)
-    with pytest.raises(RequestError):
-        generate(asked.replace(loras=(f"{place}/style.safetensors", str(path))))
-    with pytest.raises(RequestError, match="instruction"):
-        generate(asked.replace(controls=(f"edges={place}/pic.png:1,instruction=a cat",)))
-    after = {name: dict(module.__dict__) for name, module in network.named_modules()}
-    assert after.keys() == held.keys()
-    assert all(after[name].keys() == held[name].keys() for name in held)
-    assert pixels(asked) == before
-
-
-def test_a_changed_file_is_read_again(place: Path, asked: Request, tmp_path: Path) -> None:
-    path = tmp_path / "hot.safetensors"
-    found = []
-    for name in ("style", "other", "style"):
-        shutil.copy(place / f"{name}.safetensors", path)
-        found.append(pixels(asked.replace(loras=(str(path),))))
-    assert found[0] == found[2] != found[1]
 
 
 # Filling in

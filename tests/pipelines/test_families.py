@@ -156,6 +156,26 @@ def test_every_family_makes_a_clip_exactly_and_faster(
     assert generate(asked).report["pixels"] == exact.report["pixels"]
 
 
+@pytest.mark.parametrize(("name", "side"), [("hunyuan", 96), ("cogvideox", 128)])
+def test_sparse_attention_beside_a_prompt_in_the_same_sequence(name: str, side: int, model: Any) -> None:
+    """Both pad prompts to 226 or 256 tokens, and tiles with text are always kept: only a clip longer than that can gain."""
+    small = Request(**({"prompt": "a red cat", "model": model(name)} | SIZE | {"steps": 3}))
+    large = small.replace(width=side, height=side)
+    exact = generate(large).report["pixels"]
+    for method in (
+        "adaspa:min_tokens=8,rows=4,block=4,measure=false,density=0.3,guard=0",
+        "xattention:threshold=0.3,stride=2,rows=16,block=16,min_tokens=8,measure=false",
+    ):
+        fast = generate(large.replace(accelerators=(method,)))
+        rows = [one for one in fast.report["run"]["attention"] if one["sparse"]]
+        assert rows
+        assert all(one["density"] < 0.9 for one in rows)
+        assert fast.report["pixels"] != exact
+        words = generate(small.replace(accelerators=(method,))).report["summary"]
+        assert "every attention call was dense (its prompt lies in" in words
+        assert "of the tiles, which are always kept)" in words
+
+
 def test_first_and_last_pictures_where_the_family_has_them(model: Any, pictures: Path) -> None:
     first = {"image": str(pictures / "0.png")}
     both = first | {"last_image": str(pictures / "8.png")}

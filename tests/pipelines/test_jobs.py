@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.jobs import STATES, Item, Job, Ledger, LedgerError, content_key, default_ledger, digests_of
+from pipelines.jobs import STATES, Item, Job, Ledger, LedgerError, default_ledger
 from pipelines.request import RequestError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +89,17 @@ def test_the_same_item_again_is_the_job_that_is_there(ledger: Ledger) -> None:
     ran = leased(ledger, batch="c")
     assert ledger.done(ran, [], {})
     assert ledger.add([item(1, batch="c")])[0].state == "done", "what is done is not asked for again"
+
+
+def test_a_key_that_is_ready_is_taken_and_no_file_is_looked_at(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = item(3, batch="b", id="a")
+    (job,) = ledger.add([plain])
+    monkeypatch.setattr("pipelines.jobs.digests_of", lambda *_: pytest.fail("it was worked out again"))
+    (again, other) = ledger.add([item(3, batch="b", id="a", ready=plain.key), item(3, batch="b", id="c", ready="k")])
+    assert again.name == job.name
+    assert (other.key, item(ready="k").key) == ("k", "k")
 
 
 def test_all_of_a_list_is_added_or_nothing(ledger: Ledger) -> None:
@@ -281,47 +291,6 @@ def test_a_long_list_of_changes_comes_in_pieces(ledger: Ledger, monkeypatch: pyt
         assert len(told) <= 4
         seen += [one.name for one in told]
     assert len(seen) == len(set(seen)) == 10
-
-
-def test_keys_name_bytes_and_not_places(tmp_path: Path) -> None:
-    first, second = tmp_path / "a.png", tmp_path / "b.png"
-    first.write_bytes(b"same")
-    second.write_bytes(b"same")
-
-    def key(**more: Any) -> str:
-        request = {"prompt": "x"} | more
-        return content_key(request, digests_of(request))
-
-    assert key(image=str(first)) == key(image=str(second))
-    assert key(image=str(first)) != key()
-    before = key(image=str(first))
-    first.write_bytes(b"other bytes")
-    assert key(image=str(first)) != before
-    assert key() == key(seed=0, negative_prompt="", model="emoji"), "what is left out is its default"
-    assert (
-        len(
-            {
-                key(),
-                key(seed=1),
-                key(steps=3),
-                key(prompt="y"),
-                key(prompt=str(second)),
-                key(model="org/name"),
-            }
-        )
-        == 6
-    )
-    assert digests_of({"prompt": str(second)}).keys() == {"emoji"}, "words are never opened"
-    assert content_key({"prompt": "x"}, {"emoji": "1"}) != content_key({"prompt": "x"}, {"emoji": "2"})
-
-
-def test_a_model_is_known_by_its_weights(tiny: str, copy_of: Any) -> None:
-    other = str(copy_of())
-    one, two = ({"prompt": "x", "model": model} for model in (tiny, other))
-    assert content_key(one, digests_of(one)) == content_key(two, digests_of(two))
-    config = Path(other) / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"extra": 1}))
-    assert content_key(one, digests_of(one)) != content_key(two, digests_of(two))
 
 
 @pytest.mark.parametrize(

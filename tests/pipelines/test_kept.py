@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipelines import catalog
-from pipelines._jobs_saving import PREFIX
+from pipelines._jobs_saving import PREFIX, prune
 from pipelines._kept import Latents
 from pipelines.generate import generate
 from pipelines.jobs import Item, Ledger
@@ -121,6 +122,39 @@ def test_a_worker_decodes_what_an_earlier_one_denoised_and_cleans_up(
         assert pixel_hash([opened]) == plain.report["pixels"]
     assert not (ledger.path.parent / "latents" / job.name).exists()
     assert not list(Path(done.item.folder).glob(f"{PREFIX}*"))
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_latents_go_when_nobody_will_decode_them(ledger: Ledger, tiny: str, tmp_path: Path) -> None:
+    folder = ledger.path.parent / "latents"
+    request = Request(prompt="a red cat", model=tiny, steps=2, width=32, height=32)
+    (job,) = ledger.add([Item(request=request.to_dict(), folder=str(tmp_path / "out"))])
+    counted = Counted(tiny)
+    try:
+        counted.failing = 3
+        assert Worker(ledger).run(until_empty=True) == 0
+    finally:
+        counted.close()
+    assert ledger.counts()["poisoned"] == 1
+    assert not (folder / job.name).exists(), "the last try failed"
+    items = [Item(request=request.replace(seed=seed).to_dict(), id=str(seed)) for seed in range(4)]
+    cancelled, failed, older, waiting = ledger.add(items)
+    for _ in range(2):
+        held = ledger.lease("w")
+        assert held is not None
+        if held.name == cancelled.name:
+            ledger.cancel(name=held.name)
+        else:
+            ledger.failed(held, "no", again=False)
+    held = ledger.lease("w")
+    assert held is not None
+    ledger.failed(held, "no", again=False)
+    for name in ("strange", *(one.name for one in (cancelled, failed, older, waiting))):
+        (folder / name).mkdir(parents=True)
+    for name in ("strange", older.name, waiting.name):
+        os.utime(folder / name, (1, 1))
+    prune(ledger, folder)
+    assert {one.name for one in folder.iterdir()} == {failed.name, waiting.name}
 
 
 @pytest.mark.usefixtures("forgotten")

@@ -12,6 +12,7 @@ from PIL import Image
 from pipelines import video_files
 from pipelines.inspection import inspect
 from pipelines.metadata import read_metadata
+from pipelines.repro import repro
 from pipelines.request import Request, RequestError
 from pipelines.result import Picture, Result, SaveError, pixel_hash
 from pipelines.video_files import FORMATS, LOSSY, encode, lossy_copy, read_clip
@@ -58,6 +59,26 @@ def test_every_format_gives_request_report_and_frames_back(ending: str, tmp_path
     assert sorted(one.name for one in tmp_path.iterdir()) == sorted([path.name, "clip.json"]), (
         "nothing else is left"
     )
+
+
+@pytest.mark.parametrize("ending", LOSSY)
+def test_an_altered_lossy_file_is_told_from_an_untouched_one(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = moving()
+    made = result(frames)
+    (path,) = made.save(tmp_path / f"clip{ending}")
+    remade = {"pixels": pixel_hash(frames), "effective": {"fps": 12.0}, "timings": {}}
+    same = Result((Picture(tuple(frames), made.request, remade),), made.request, remade)
+    monkeypatch.setattr("pipelines.repro.generate", lambda *_, **__: same)
+    assert repro(path).verdict == "identical", "what the format loses is no alteration"
+    other = [np.asarray(one).copy() for one in frames]
+    other[3][:10, :10] = 255
+    text = path.with_suffix(".json").read_text()
+    path.write_bytes(encode([Image.fromarray(one) for one in other], ending, 12, text))
+    verdict = repro(path)
+    assert verdict.verdict == "different"
+    assert list(verdict.differs) == ["the file's own pixels"]
 
 
 def test_the_preview_is_the_middle_frame() -> None:

@@ -89,3 +89,25 @@ def words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("training.train.load_minilm", lambda: (None, torch.nn.Identity()))
     monkeypatch.setattr("training.train.encode", encode)
     return asked
+
+
+@pytest.fixture
+def adapter_recipe(folder: Path) -> dict[str, Any]:
+    """Return a recipe for an adapter that is learnt in a moment."""
+    return {
+        "base": {"model": "tiny"},
+        "control": {"name": "easycontrol", "rank": 4},
+        "condition": {"kind": "edges", "drop": 0.2},
+        "data": {
+            "folder": str(folder), "size": 64, "styles": ["fluent3d", "fluentbw", "noto"], "wordings": 2, "text_tokens": 6,
+            "copies": 2, "shift": 2, "mirror": 0.5, "drop": 0.2,
+        },
+        "objective": {"mean": 0.5, "std": 1.0},
+        "optimizer": {
+            "name": "adamw", "rate": 1e-2, "matrix_rate": 1e-2, "decay": 0.0, "clip": 1.0, "ema": 0.5, "warmup": 2,
+            "cooldown": 0.3,
+        },
+        "run": {
+            "samples": 32, "batch": 4, "precision": "float32", "save_every": 60.0, "check_every": 4, "checked": 4, "seed": 1,
+        },
+    }  # fmt: skip

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -22,7 +20,7 @@ from dit.backbones.mmdit import MMDiT
 from dit.codec import ResampleCodec
 from training import adapters, bases
 from training.adapters import AdapterTrainer, check_recipe, moved
-from training.bases import Base, FluxBase, StableDiffusion3Base, base_of, weights_digest
+from training.bases import Base, base_of, weights_digest
 
 
 def network(seed: int = 0) -> MMDiT:
@@ -55,24 +53,8 @@ def base(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Base:
 
 
 @pytest.fixture
-def recipe(folder: Path) -> dict[str, Any]:
-    return {
-        "base": {"model": "tiny"},
-        "control": {"name": "easycontrol", "rank": 4},
-        "condition": {"kind": "edges", "drop": 0.2},
-        "data": {
-            "folder": str(folder), "size": 64, "styles": ["fluent3d", "fluentbw", "noto"], "wordings": 2, "text_tokens": 6,
-            "copies": 2, "shift": 2, "mirror": 0.5, "drop": 0.2,
-        },
-        "objective": {"mean": 0.5, "std": 1.0},
-        "optimizer": {
-            "name": "adamw", "rate": 1e-2, "matrix_rate": 1e-2, "decay": 0.0, "clip": 1.0, "ema": 0.5, "warmup": 2,
-            "cooldown": 0.3,
-        },
-        "run": {
-            "samples": 32, "batch": 4, "precision": "float32", "save_every": 60.0, "check_every": 4, "checked": 4, "seed": 1,
-        },
-    }  # fmt: skip
+def recipe(adapter_recipe: dict[str, Any]) -> dict[str, Any]:
+    return adapter_recipe
 
 
 def begun(recipe: dict[str, Any], out: Path, base: Base) -> AdapterTrainer:
@@ -352,70 +334,3 @@ def test_pictures_are_moved_by_whole_pixels() -> None:
     assert torch.equal(down[0, :, 1:], picture[0, :, :-1])
     assert (down[0, :, 0] == 255).all()
     assert torch.equal(moved(picture, [(0, 0, True)], 0), picture.flip(-1))
-
-
-class Encoders:
-    """Stand-in for the encoders of diffusers' pipelines."""
-
-    def __init__(self, transformer: Any, channels: int) -> None:
-        self.transformer, self.vae, self.channels = transformer, None, channels
-        self.config: dict[str, Any] = {}
-
-    def encode_prompt(
-        self, texts: Sequence[str], *_: object, max_sequence_length: int, **__: object
-    ) -> tuple[Tensor, ...]:
-        tokens = torch.stack([torch.full((max_sequence_length, 32), len(text) / 50) for text in texts])
-        pooled = tokens.mean(dim=1)
-        return (
-            (tokens, pooled, tokens)
-            if isinstance(self.transformer, FluxTransformer2DModel)
-            else (tokens, tokens, pooled, pooled)
-        )
-
-
-def flux() -> Any:
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=12, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
-    )  # fmt: skip
-
-
-def stable_diffusion() -> Any:
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=32, patch_size=4, in_channels=3, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, out_channels=3, pos_embed_max_size=32,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("make", "family"), [(flux, FluxBase), (stable_diffusion, StableDiffusion3Base)])
-def test_it_trains_beside_diffusers_own(
-    recipe: dict[str, Any], tmp_path: Path, make: Any, family: type[Base]
-) -> None:
-    base = base_of(Encoders(make(), 3))
-    assert type(base) is family
-    recipe["data"] |= {"scenes": 20, "size": 32, "copies": 1}
-    trainer = AdapterTrainer(recipe, tmp_path, None, base=base)
-    trainer.run()
-    assert math.isfinite(trainer.log[-1]["held_out"])
-    assert load(tmp_path / "adapter.safetensors", base.transformer).control == trainer.model.control
-
-
-def test_flux_is_given_its_latents_packed_as_its_pipeline_packs_them() -> None:
-    from diffusers import FluxPipeline
-
-    base = base_of(Encoders(flux(), 3))
-    seen: dict[str, Any] = {}
-
-    def forward(hidden_states: Tensor, **given: Any) -> tuple[Tensor]:
-        seen.update(given, hidden_states=hidden_states)
-        return (hidden_states,)
-
-    base.transformer.forward = forward
-    noisy = torch.randn(2, 3, 8, 4)
-    found = base.velocity(noisy, torch.tensor([0.5, 0.25]), base.texts(["a", "bb"], 5))
-    assert torch.equal(found, noisy)
-    assert torch.equal(seen["hidden_states"], FluxPipeline._pack_latents(noisy, 2, 3, 8, 4))
-    assert torch.equal(seen["img_ids"], FluxPipeline._prepare_latent_image_ids(2, 4, 2, "cpu", torch.float32))
-    assert seen["timestep"].tolist() == [0.5, 0.25]

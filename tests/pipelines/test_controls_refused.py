@@ -1,0 +1,124 @@
+"""Controls that are refused: bad pictures, adapters of other models and other weights, files that break; nothing is left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from control import _files
+from control.easycontrol import EasyControl
+from control.lora import LoRA
+from pipelines import catalog
+from pipelines._steering_files import sketch
+from pipelines.generate import generate
+from pipelines.request import Request, RequestError
+
+_place = importlib.util.spec_from_file_location("steered", Path(__file__).with_name("steered.py"))
+assert _place is not None
+assert _place.loader is not None
+steered = importlib.util.module_from_spec(_place)
+_place.loader.exec_module(steered)
+Folder, written, place = steered.Folder, steered.written, steered.place
+asked, pixels, refused = steered.asked, steered.pixels, steered.refused
+
+
+def test_bad_pictures_are_refused_before_weights_load(
+    place: Path, asked: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torn.png").write_bytes((place / "pic.png").read_bytes()[:60])
+    for file, words in (("none.png", "readable"), ("black.png", "black all over")):
+        assert words in refused(asked.replace(controls=(f"edges={place}/{file}",)), monkeypatch)
+    assert "readable" in refused(asked.replace(controls=(f"edges={tmp_path}/torn.png",)), monkeypatch)
+    assert "black all over" in refused(
+        asked.replace(controls=(f"edges={place}/black.png:1,raw=true",)), monkeypatch
+    )
+    for region in ("black.png", "none.png"):
+        text = f"edges={place}/pic.png:1,region={place}/{region}"
+        assert refused(asked.replace(controls=(text,)), monkeypatch)
+
+
+def test_adapters_that_do_not_fit_are_refused_before_weights_load(
+    place: Path, asked: Request, folder_of: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pic = place / "pic.png"
+    torch.save({"a": torch.zeros(2)}, tmp_path / "old.pth")
+    flux = catalog.load(str(folder_of("flux"))).pipeline.transformer
+    written(LoRA(rank=2), tmp_path / "flux.safetensors", flux)
+    written(EasyControl(rank=2), tmp_path / "fluxed.safetensors", flux, {"condition": "canny"})
+    save_file({"double_blocks.0.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "strange.safetensors")
+    save_file(
+        {
+            f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight": torch.zeros(3, 3)
+            for side in "AB"
+        },
+        tmp_path / "size.safetensors",
+    )
+    weights = load_file(place / "style.safetensors")
+    first = next(iter(weights))
+    save_file(weights | {first: weights[first] * torch.nan}, tmp_path / "nan.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((place / "style.safetensors").read_bytes()[:900])
+    for file, words in (
+        ("old.pth", "pickle checkpoint"), ("flux.safetensors", "is for FluxTransformer2DModel"),
+        ("strange.safetensors", "0/1 keys"),
+        ("size.safetensors", "another size"), ("nan.safetensors", "no finite numbers"), ("cut.safetensors", "safetensors"),
+        ("none.safetensors", "the model's own adapters are edges"),
+    ):  # fmt: skip
+        assert words in refused(asked.replace(loras=(f"{tmp_path}/{file}",)), monkeypatch)
+    assert "is for Flux" in refused(
+        asked.replace(controls=(f"{tmp_path}/fluxed.safetensors={pic}",)), monkeypatch
+    )
+    assert "did you mean 'edges'" in refused(asked.replace(controls=(f"edge={pic}",)), monkeypatch)
+    assert "use --control" in refused(asked.replace(loras=("edges",)), monkeypatch)
+    assert "@CONDITION or raw=true" in refused(
+        asked.replace(controls=(f"{place}/style.safetensors={pic}",)), monkeypatch
+    )
+    dit = Request(class_label=3, model=str(folder_of("dit")), controls=(f"x={pic}",))
+    assert "left out" in refused(dit, monkeypatch)
+
+
+def test_another_base_is_told_by_its_digest_and_can_be_taken_all_the_same(
+    place: Path, asked: Request, folder_of: Folder, tmp_path: Path
+) -> None:
+    network = sketch(place / "model")
+    assert network is not None
+    other = type(network).from_config(network.config)  # type: ignore[attr-defined]
+    torch.manual_seed(9)
+    for one in other.parameters():
+        torch.nn.init.normal_(one, std=0.1)
+    path = written(LoRA(rank=2), tmp_path / "foreign.safetensors", other)
+    digest = _files.base_digest(other)
+    with pytest.raises(RequestError, match=f"digest {digest}"):
+        generate(asked.replace(loras=(str(path),)))
+    assert generate(asked.replace(loras=(f"{path}:1,any_base=true",))).report["pixels"] != pixels(asked)
+
+
+def test_a_failing_file_leaves_the_model_as_it_was(place: Path, asked: Request, tmp_path: Path) -> None:
+    before = pixels(asked)
+    network = catalog.load(asked.model).pipeline.transformer
+    held = {name: dict(module.__dict__) for name, module in network.named_modules()}
+    path = shutil.copy(place / "style.safetensors", tmp_path / "bad.safetensors")
+    weights = load_file(path)
+    last = list(weights)[-1]
+    save_file(weights | {last: weights[last][:1, :1].contiguous()}, path)
+    with pytest.raises(RequestError):
+        generate(asked.replace(loras=(f"{place}/style.safetensors", str(path))))
+    with pytest.raises(RequestError, match="instruction"):
+        generate(asked.replace(controls=(f"edges={place}/pic.png:1,instruction=a cat",)))
+    after = {name: dict(module.__dict__) for name, module in network.named_modules()}
+    assert after.keys() == held.keys()
+    assert all(after[name].keys() == held[name].keys() for name in held)
+    assert pixels(asked) == before
+
+
+def test_a_changed_file_is_read_again(place: Path, asked: Request, tmp_path: Path) -> None:
+    path = tmp_path / "hot.safetensors"
+    found = []
+    for name in ("style", "other", "style"):
+        shutil.copy(place / f"{name}.safetensors", path)
+        found.append(pixels(asked.replace(loras=(str(path),))))
+    assert found[0] == found[2] != found[1]
