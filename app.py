@@ -16,12 +16,13 @@ from app_jobs import Jobs
 from app_serve import AddressError, Login, address, launch_options
 from pipelines import catalog, machine
 from pipelines.catalog import Card
+from pipelines.library import Library
 from pipelines.request import RequestError
 
 
 def cards_for(model: str | None) -> dict[str, Card]:
     """Return the cards of the models to choose from, the one asked for first. Raises: RequestError if there is none."""
-    cards = catalog.shipped()
+    cards = catalog.shipped() | Library().cards()
     if model is not None and model not in cards:
         source = catalog.find(model)
         cards = {model: Card(name=model) if source.folder is None else catalog.prepare(source)[1]} | cards
@@ -44,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", help="address to bind to (default: this computer only)")
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument(
+        "--workers", type=int, choices=range(17), metavar="N",
+        help="make pictures in so many processes of their own, 0 leaves it to others (default: in this one)",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     for sentence in machine.strangers():
         print(f"leapfrog: {sentence}", file=sys.stderr)
@@ -61,6 +66,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _serve(cards, given, launch_options(host, given.port, login, spaces))
 
 
+def mount(api: Any, cards: Mapping[str, Card], output: Path, folder: str) -> Jobs:
+    """Put the page beside HTTP into one app; returns its jobs, which the caller closes.
+
+    Args:
+        folder: an empty folder for the files that the page serves.
+    """
+    _private(folder)
+    jobs = Jobs(output, workers=0)  # the processes of `serve` work on the same ledger
+    from app_page import Page
+    from app_serve import mounted
+    from app_style import CSS, SCRIPT, theme
+
+    mounted(api, Page(jobs, cards).build(), theme=theme(), css=CSS, js=SCRIPT)
+    jobs.start()
+    return jobs
+
+
 def _private(folder: str) -> None:
     """Set gradio's and the hub's switches before they are imported: a folder of our own, and no word to anybody."""
     os.environ |= {
@@ -72,7 +94,7 @@ def _private(folder: str) -> None:
 
 def _serve(cards: Mapping[str, Card], given: argparse.Namespace, options: dict[str, Any]) -> int:
     first = next(iter(cards))
-    jobs = Jobs(given.output.expanduser(), warm=lambda: catalog.load(first))
+    jobs = Jobs(given.output, warm=lambda: catalog.load(first), workers=given.workers)
     from app_page import Page
     from app_style import CSS, SCRIPT, theme
 

@@ -9,12 +9,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import app_given as given_inputs
+from app_speed import CUSTOM, EXACT
 from pipelines import profile as profiles
 from pipelines.catalog import Card
 from pipelines.form import Field, fields, read
 from pipelines.request import Request, RequestError, accelerator_kinds
 
-EXACT, ACCELERATED = SPEEDS = ("Exact", "Accelerated")
 ANY_STYLE = "any style"
 STEPS, GUIDANCE = 28, 4.0
 """Where a card says nothing."""
@@ -139,6 +140,7 @@ def request_of(
     *,
     takes_class: bool = False,
     written: str | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Request:
     """Return the request that the controls stand for; a blank seed becomes a random one.
 
@@ -146,6 +148,7 @@ def request_of(
         values: by name; settings of an accelerator are called `delta-cache.interval`, its switch `delta-cache`.
         takes_class: whether the model takes a class number, not a prompt.
         written: the seed that the page itself wrote into the field; any other was typed, and counts.
+        more: fields of the task's inputs, see `app_given.fields_of`.
 
     Raises:
         RequestError: with the field, what was given and what is allowed.
@@ -165,12 +168,14 @@ def request_of(
         seed=secrets.randbelow(LARGEST_RANDOM_SEED) if new else read(Request, "seed", seed),
         images=_whole(values["images"]),
         scheduler=values["scheduler"],
+        tiling=bool(values["tiling"]),
         **_speed(values, given),
+        **(more or {}),
     )
 
 
 def _speed(values: Mapping[str, Any], given: Mapping[str, Sequence[Field]]) -> dict[str, Any]:
-    if values["speed"] != ACCELERATED:
+    if values["speed"] != CUSTOM:
         return {}
     name = values["profile"]
     if not name:
@@ -191,7 +196,7 @@ def _accelerators(values: Mapping[str, Any], given: Mapping[str, Sequence[Field]
                 | {one.name: _setting(kind, one, values[f"{name}.{one.name}"]) for one in settings}
             )
     if not found:
-        raise RequestError("speed", ACCELERATED, f"{EXACT}, or {ACCELERATED} with at least one method")
+        raise RequestError("speed", CUSTOM, f"{EXACT}, or {CUSTOM} with at least one method")
     return found
 
 
@@ -224,9 +229,10 @@ def values_of(request: Request, card: Card, given: Mapping[str, Sequence[Field]]
         "new_seed": False,
         "images": request.images,
         "scheduler": request.scheduler,
-        "speed": ACCELERATED if request.accelerators or request.profile else EXACT,
+        "speed": CUSTOM if request.accelerators or request.profile else EXACT,
         "profile": "",
-    }
+        "tiling": request.tiling,
+    } | given_inputs.values_of(request, card)
     used = {one.name: one.to_dict() for one in request.accelerators}
     for name, settings in given.items():
         values[name] = name in used or (not used and name == next(iter(given)))

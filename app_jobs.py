@@ -1,6 +1,7 @@
-"""The jobs of the page: one thread makes pictures, one request after another; events of the page only submit and watch.
+"""The jobs of the page: a thin layer over the job ledger, and what works on it. Events of the page only submit and watch.
 
-A job outlives the tab that asked for it. Its name is random, so only who asked for it can watch or stop it.
+A job outlives the tab that asked for it, and the page's own process: it stands in the ledger. It is seen only by the session that
+asked for it. One press of a button is one `Job` here, and one row of the ledger for each picture.
 """
 
 from __future__ import annotations
@@ -9,59 +10,73 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:
-    from pipelines.generate import Progress
-    from pipelines.measure import Measured
-    from pipelines.request import Request
-    from pipelines.result import Result
+from pipelines.jobs import Item, Ledger, default_ledger
+from pipelines.jobs import Job as Row
+from pipelines.request import Request
 
-WAITING = 32
-"""Most jobs that wait; more are refused."""
+if TYPE_CHECKING:
+    from pipelines.workers import Pool, Worker
+
+WAITING = 64
+"""Most pictures of one session that wait; more are refused."""
+TOTAL = 500
+"""Most pictures that wait altogether."""
 ROUNDS = 2
 """Timed runs of each kind in a comparison; one of each goes before."""
 RUNS = 2 * (ROUNDS + 1)
-KEPT = 200
-"""How many finished jobs are remembered."""
+NAMES = 64
+"""Most rows of the ledger in one job of the page."""
+PAUSE = 10.0
+"""How long a worker rests that could not go on, in s: until there is room on the disk again, say."""
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
-Make = Callable[..., "Result"]
-"""`pipelines.generate.generate`, or something with its interface."""
-Compare = Callable[..., "Measured"]
-"""`pipelines.measure.compare`, or something with its interface."""
+Make = Callable[..., Any]
 
 
 class QueueFull(RuntimeError):
     """No room for another job, in words."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Now:
+    """Where a run stands: the fields of `pipelines.generate.Progress`, without importing torch for them."""
+
+    step: int = 0
+    steps: int = 0
+    phase: str = ""
+    seconds: float = 0.0
+    picture: int = 0
+    note: str = ""
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class Job:
-    """One request on its way. The worker writes, everyone else reads, save for `cancel`."""
+    """One press of a button, as it stood when it was last read: see `Jobs.refresh`."""
 
     request: Request
     folder: Path
-    name: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(16))
+    name: str = ""
     state: State = "waiting"
     phase: str = "wait"
-    progress: Progress | None = None
+    progress: Now | None = None
     pace: tuple[int, float] | None = None
-    """Step and time of the first step of this picture, from which the remaining time is estimated."""
+    """Step and time of the first step seen of this picture, from which the remaining time is estimated."""
     paths: list[Path] = dataclasses.field(default_factory=list)
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: str = ""
     started: float = 0.0
     ended: float = 0.0
-    cancel: threading.Event = dataclasses.field(default_factory=threading.Event)
     comparing: bool = False
     """Whether the picture is also made exactly, and both are measured."""
-    measured: Measured | None = None
-    runs: int = 0
-    """Runs begun; a comparison takes several."""
+    measured: dict[str, Any] | None = None
+    made: int = 0
+    """How many of its pictures are finished."""
+    stopped: bool = False
+    """Whether it was cancelled before all of them were."""
 
     @property
     def over(self) -> bool:
@@ -71,28 +86,28 @@ class Job:
     @property
     def seconds(self) -> float:
         """Time since the work began, or that it took, in s."""
-        return (self.ended or time.monotonic()) - self.started if self.started else 0.0
+        return (self.ended or time.time()) - self.started if self.started else 0.0
 
-    def told(self, progress: Progress) -> bool:
-        """Take note of where the run stands; False asks it to stop."""
+    def told(self, now: Now) -> None:
+        """Take note of where the run stands."""
         last = self.progress
-        self.runs += progress.phase == "load"
-        if progress.phase == "denoise" and (
-            self.pace is None or last is None or last.picture != progress.picture
+        if now.phase == "denoise" and (
+            self.pace is None or last is None or last.picture != now.picture or now.step < self.pace[0]
         ):
-            self.pace = (progress.step, time.monotonic())
-        self.progress, self.phase = progress, progress.phase
-        return not self.cancel.is_set()
+            self.pace = (now.step, time.monotonic())
+        self.progress, self.phase = now, now.phase
 
 
 class Jobs:
-    """A queue and its one worker, which starts with the first job.
+    """The ledger as the page sees it, and its workers.
 
     Args:
         folder: where pictures are saved.
-        make: turns a request into a result; `pipelines.generate.generate`, imported when first needed.
+        make, compare: in the place of `generate` and `measure.compare`; for tests.
         warm: called once by the worker before its first job, to load what the first picture needs.
-        compare: measures a request against its exact run; `pipelines.measure.compare`.
+        ledger: the ledger, or its file; None takes this person's own.
+        workers: None works in a thread of this process, which keeps the model loaded; a number starts so many processes;
+            0 leaves the work to others.
     """
 
     def __init__(
@@ -100,139 +115,239 @@ class Jobs:
         folder: Path,
         make: Make | None = None,
         warm: Callable[[], object] | None = None,
-        compare: Compare | None = None,
+        compare: Make | None = None,
+        *,
+        ledger: Ledger | Path | None = None,
+        workers: int | None = None,
     ) -> None:
-        self.folder = folder
-        self._make, self._warm, self._compare = make, warm, compare
-        self._known: OrderedDict[str, Job] = OrderedDict()
-        self._queue: deque[Job] = deque()
-        self._changed = threading.Condition()
-        self._worker: threading.Thread | None = None
-        self._running: Job | None = None
-        self._closed = False
+        self.folder = folder.expanduser().absolute()
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_ledger())
+        self._make, self._warm, self._compare, self._workers = make, warm, compare, workers
+        self._guard, self._closed = threading.Lock(), threading.Event()
+        self._worker: Worker | None = None
+        self._thread: threading.Thread | None = None
+        self._pool: Pool | None = None
+        self._problem = ""
 
-    def submit(self, request: Request, *, comparing: bool = False) -> Job:
-        """Put a request at the end of the queue. Raises: QueueFull."""
-        with self._changed:
-            if self._closed:
-                raise QueueFull("The page is closing; start it again and try once more.")
-            if len(self._queue) >= WAITING:
-                raise QueueFull(f"{WAITING} pictures are waiting already; try again when some are done.")
-            job = Job(request, self.folder, comparing=comparing)
-            self._known[job.name] = job
-            self._queue.append(job)
-            self._forget()
-            self._changed.notify()
+    @property
+    def problem(self) -> str:
+        """Why nothing is worked on just now, in words; nothing where all is well."""
+        return self._problem or ("" if self._pool is None else self._pool.problem)
+
+    def submit(
+        self, request: Request, *, owner: str = "", comparing: bool = False, ending: str = "",
+        tags: Mapping[str, Any] | None = None,
+    ) -> Job:  # fmt: skip
+        """Put a request at the end of the queue, every picture of it by itself.
+
+        Args:
+            ending: of the file of a clip, ".mp4" say; "" leaves it to the result.
+
+        Raises:
+            QueueFull, RequestError.
+        """
+        if self._closed.is_set():
+            raise QueueFull("The page is closing; start it again and try once more.")
+        pictures = 1 if comparing else request.images
+        for limit, waiting in (
+            (WAITING, self.ledger.counts(owner=owner)["waiting"]), (TOTAL, self.ledger.counts()["waiting"]),
+        ):  # fmt: skip
+            if waiting + pictures > limit:
+                raise QueueFull(f"{waiting} pictures are waiting already; try again when some are done.")
+        press = secrets.token_urlsafe(12)
+        rows = self.ledger.add(
+            Item(
+                request=request.one(place).to_dict(), id=f"page-{press}-{place + 1}", owner=owner,
+                kind="compare" if comparing else "generate", folder=str(self.folder),
+                output=_named(request.one(place), press, ending),
+                tags={"source": "page", "press": press, "place": place, "of": pictures} | dict(tags or {}),
+            )
+            for place in range(pictures)
+        )  # fmt: skip
         self.start()
-        return job
+        return _joined(rows)
 
     def start(self) -> None:
-        """Start the worker, if it does not run yet."""
-        with self._changed:
-            if self._worker is None and not self._closed:
-                self._worker = threading.Thread(target=self._work, name="leapfrog-jobs", daemon=True)
-                self._worker.start()
+        """Start what works on the ledger, if it does not run yet."""
+        with self._guard:
+            if self._closed.is_set() or self._thread is not None or self._pool is not None:
+                return
+            if self._workers is None:
+                self._thread = threading.Thread(target=self._work, name="leapfrog-jobs", daemon=True)
+                self._thread.start()
+            elif self._workers:
+                from pipelines.workers import Pool
 
-    def get(self, name: str) -> Job | None:
-        """Return a job by its name, if it is still known."""
-        with self._changed:
-            return self._known.get(name)
+                self._pool = Pool(self.ledger)
+                self._pool.start(self._workers)
 
-    def ahead(self, job: Job) -> int:
-        """Return how many jobs come before a waiting one."""
-        with self._changed:
-            before = self._queue.index(job) if job in self._queue else 0
-            return before + (self._running is not None and self._running is not job)
+    def get(self, name: str, owner: str | None = None) -> Job | None:
+        """Return a job by its name, which is made of the names of its rows; None for one of another owner."""
+        rows = self._rows(name, owner)
+        return _joined(rows) if rows else None
 
-    def cancel(self, name: str) -> Job | None:
-        """Stop a job: at once if it waits, within one denoising step if it runs."""
-        with self._changed:
-            job = self._known.get(name)
-            if job is not None and not job.over:
-                job.cancel.set()
-                if job in self._queue:
-                    self._queue.remove(job)
-                    job.state = "cancelled"
+    def refresh(self, job: Job) -> Job:
+        """Read a job again, in place; one that was deleted counts as cancelled."""
+        rows = self._rows(job.name, None)
+        if not rows:
+            job.state = "cancelled"
+            return job
+        found = _joined(rows)
+        before = (job.pace, job.progress)
+        for field in dataclasses.fields(Job):
+            if field.name not in ("pace", "progress"):
+                setattr(job, field.name, getattr(found, field.name))
+        job.pace, job.progress = before
+        if found.progress is not None:
+            phase = job.phase
+            job.told(found.progress)
+            job.phase = phase
         return job
 
+    def ahead(self, job: Job) -> int:
+        """Return how many pictures come before a waiting job."""
+        rows = self._rows(job.name, None)
+        if not rows or any(row.state != "waiting" for row in rows):
+            return 0
+        first = min(rows, key=lambda row: row.number)
+        counts = self.ledger.counts()
+        if counts["waiting"] > TOTAL:
+            return counts["waiting"]
+        waiting = self.ledger.jobs(states=("waiting",), limit=TOTAL)
+        before = [one for one in waiting if (-one.item.priority, one.number) < (-first.item.priority, first.number)]
+        return len(before) + counts["running"]
+
+    def cancel(self, name: str, owner: str | None = None) -> int:
+        """Stop a job: at once if it waits, within one denoising step if it runs; return how many rows of it were."""
+        return sum(self.ledger.cancel(name=row.name, owner=owner) for row in self._rows(name, owner))
+
+    def mine(self, owner: str) -> Job | None:
+        """Return the job of a session that runs, or else waits longest; None if there is none."""
+        for states in (("running",), ("waiting",)):
+            rows = self.ledger.jobs(owner=owner, states=states, limit=1, newest_first=False)
+            if rows:
+                return _joined(rows)
+        return None
+
     def close(self, seconds: float = 5.0) -> None:
-        """Cancel everything and wait a little for the running step to end."""
-        with self._changed:
-            self._closed = True
-            for job in list(self._known.values()):
-                job.cancel.set()
-                if job in self._queue:
-                    job.state = "cancelled"
-            self._queue.clear()
-            self._changed.notify_all()
-        if self._worker is not None:
-            self._worker.join(seconds)
+        """End the work: a running picture goes back to the queue within a step, and what waits stays there."""
+        self._closed.set()
+        with self._guard:
+            worker, thread, pool = self._worker, self._thread, self._pool
+        if worker is not None:
+            worker.stop()
+        if thread is not None:
+            thread.join(seconds)
+            if thread.is_alive() and worker is not None:
+                worker.give_back()
+        if pool is not None:
+            pool.stop(seconds)
+        self.ledger.close()
+
+    def _rows(self, name: str, owner: str | None) -> list[Row]:
+        names = [one for one in (name or "").split(".") if one][:NAMES]
+        found = [self.ledger.get(one, owner) for one in names]
+        return [] if any(one is None for one in found) else [one for one in found if one is not None]
 
     def _work(self) -> None:
+        from pipelines.jobs import LedgerError
+        from pipelines.workers import DiskFull, Worker, told
+
         if self._warm is not None:
             try:
                 self._warm()
             except Exception:  # noqa: BLE001 - what is wrong with the model is told by the first job that needs it
                 pass
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                if self._closed:
-                    return
-                job = self._running = self._queue.popleft()
-                job.state, job.started = "running", time.monotonic()
-            state = self._run(job)
-            with self._changed:
-                job.ended = time.monotonic()
-                job.state, self._running = state, None
+        while not self._closed.is_set():
+            self._worker = Worker(self.ledger, make=self._make, compare=self._counted, pause=0.1)
+            try:
+                self._worker.run()
+            except (DiskFull, LedgerError) as error:
+                self._problem = str(error)
+            except Exception as error:  # noqa: BLE001 - a worker that fell must not take the queue with it
+                self._problem = told(error)
+            self._closed.wait(PAUSE if self._problem else 0.0)
+            self._problem = ""
 
-    def _run(self, job: Job) -> State:
-        from pipelines.generate import Cancelled
-
-        try:
-            results = (
-                self._compared(job) if job.comparing else [self._generate()(job.request, on_step=job.told)]
-            )
-            job.phase = "save"
-            job.folder.mkdir(parents=True, exist_ok=True)
-            job.paths = [path for result in results for path in result.save(job.folder)]
-            job.report = results[-1].report
-            job.request = results[-1].request  # a profile's name has become what it stands for
-        except Cancelled:
-            return "cancelled"
-        except Exception as error:  # noqa: BLE001 - one bad job must not stop the ones behind it
-            job.error = told(error)
-            return "failed"
-        return "done"
-
-    def _compared(self, job: Job) -> list[Result]:
-        """Compare a request with its exact run; return the exact result and the accelerated one."""
+    def _counted(self, request: Request, methods: Any, rounds: int, *, on_step: Callable[[Any], object]) -> Any:
+        """Compare, with the number of the run in the note of its progress."""
         if self._compare is None:
             from pipelines.measure import compare
 
             self._compare = compare
-        job.measured = self._compare(job.request, job.request.accelerators, ROUNDS, on_step=job.told)
-        return [job.measured.results[kind] for kind in ("exact", "accelerated")]
+        runs = 0
 
-    def _generate(self) -> Make:
-        if self._make is None:
-            from pipelines.generate import generate
+        def step(progress: Any) -> object:
+            nonlocal runs
+            runs += progress.phase == "load"
+            return on_step(dataclasses.replace(progress, note=progress.note or f"run {runs} of {RUNS}"))
 
-            self._make = generate
-        return self._make
-
-    def _forget(self) -> None:
-        over = [name for name, job in self._known.items() if job.over]
-        for name in over[: max(0, len(self._known) - KEPT)]:
-            del self._known[name]
+        return self._compare(request, methods, rounds, on_step=step)
 
 
-def told(error: Exception) -> str:
-    """Return what to tell a person about an error: our own words, or the kind and the message of a stranger's."""
-    if type(error).__module__.partition(".")[0] in ("pipelines", "acceleration", "dit", "app_jobs"):
-        return str(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return (
-            "There was not enough memory. Choose a smaller size or fewer pictures, or close other programs."
-        )
-    return f"Something unexpected went wrong ({type(error).__name__}: {str(error)[:300]})."
+def _named(request: Request, press: str, ending: str) -> str:
+    """Return the name of a file that is not called as `pipelines.result` would call it; "" leaves it to that."""
+    from pipelines.result import _slug
+
+    return f"{_slug(request)}-{request.seed}-{press[:6]}{ending}" if ending not in ("", ".png") else ""
+
+
+def _joined(rows: Sequence[Row]) -> Job:
+    """Return the rows of one press of a button as one job."""
+    first = rows[0]
+    request = Request.from_dict(first.item.request).replace(images=len(rows))
+    job = Job(
+        request, Path(first.item.folder), ".".join(row.name for row in rows), comparing=first.item.kind == "compare"
+    )
+    states = [row.state for row in rows]
+    running = next((row for row in rows if row.state == "running"), None)
+    place = rows.index(running) if running is not None else sum(row.over for row in rows)
+    if "running" in states:
+        job.state = "running"
+    elif "waiting" in states:
+        job.state = "waiting" if states.count("waiting") == len(states) else "running"
+    else:
+        job.state = "done" if "done" in states else "cancelled" if "cancelled" in states else "failed"
+    if running is not None:
+        known = {field.name for field in dataclasses.fields(Now)}
+        now = Now(**{name: value for name, value in running.progress.items() if name in known})
+        job.progress = dataclasses.replace(now, picture=place)
+        job.phase = running.phase or "load"
+    elif 0 < place < len(rows):
+        job.progress, job.phase = Now(picture=place), "wait"
+    job.made, job.stopped = states.count("done"), "cancelled" in states
+    job.started = min((row.started for row in rows if row.started), default=0.0)
+    job.ended = max((row.ended for row in rows), default=0.0) if job.over else 0.0
+    _finished(job, [row for row in rows if row.state == "done"])
+    errors = [row.error for row in rows if row.state in ("failed", "poisoned")]
+    job.error = errors[0] if errors else ""
+    return job
+
+
+def _finished(job: Job, rows: Sequence[Row]) -> None:
+    """Put files and reports of the finished rows into a job."""
+    job.paths = [Path(file) for row in rows for file in row.files]
+    if not rows:
+        return
+    job.report = _whole([row.report for row in rows])
+    if job.comparing:
+        job.measured = rows[0].report.get("measured")
+        job.paths.reverse()  # exact first
+    if job.request.profile is not None:  # the name has become what it stands for
+        took = job.report.get("effective", {}).get("accelerators", ())
+        job.request = job.request.replace(profile=None, accelerators=tuple(took))
+
+
+def _whole(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the report of all pictures: the first one's, with times added up and every warning."""
+    if len(reports) == 1:
+        return reports[0]
+    timings: dict[str, float] = {}
+    for one in reports:
+        for phase, seconds in one.get("timings", {}).items():
+            timings[phase] = timings.get(phase, 0.0) + float(seconds)
+    several = {
+        name: list(dict.fromkeys(words for one in reports for words in one.get(name, [])))
+        for name in ("warnings", "failures")
+    }
+    return reports[0] | {"timings": timings} | several

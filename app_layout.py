@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import app_form as form
+import app_speed as speed
 import app_views as views
+from app_inputs import TaskInputs
 from pipelines.catalog import Card
 from pipelines.form import Field
 from pipelines.request import PROMPT_LENGTH, Request
@@ -31,16 +33,14 @@ class Layout:
         self.fields = form.fields_by_name()
         self.inputs: dict[str, Any] = {}
         self.parts: dict[str, Any] = {}
+        self.given = TaskInputs(self.cards, self.inputs, self.parts)
 
     def draw(self) -> None:
         """Make all components, inside `gr.Blocks`."""
         import gradio as gr
 
-        self.parts["job"], self.parts["written"] = gr.State(""), gr.State("")
+        self.parts["job"], self.parts["written"], self.parts["pending"] = gr.State(""), gr.State(""), gr.State(None)
         self.parts["remembered"] = gr.BrowserState("", storage_key="leapfrog-job", secret="not a secret")
-        self.parts["masthead"] = gr.HTML(
-            views.masthead(self.first.title or self.first.name, self.first.summary)
-        )
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=5, min_width=300, elem_id="form-side"):
                 with gr.Column(elem_id="asking"):
@@ -52,8 +52,6 @@ class Layout:
                     self._folded()
             with gr.Column(scale=6, min_width=300, elem_id="result-side"):
                 self._result()
-        words = "Everything happens on the computer that runs this page; nothing is sent elsewhere."
-        gr.HTML(f'<p class="quiet">{words}</p>')
 
     def _asking(self) -> None:
         import gradio as gr
@@ -61,10 +59,12 @@ class Layout:
         card, inputs, styles = self.first, self.inputs, form.styles_of(self.first)
         names = [(one.title or one.name, one.name) for one in self.cards.values()]
         inputs["model"] = gr.Dropdown(names, value=card.name, label="Model", visible=len(names) > 1)
+        self.given.draw_task(card)
         inputs["prompt"] = gr.Textbox(
             label="Prompt", lines=3, max_lines=10, max_length=PROMPT_LENGTH, autofocus=True, elem_id="prompt",
             placeholder="What should be in the picture?", visible=not card.takes_class,
         )  # fmt: skip
+        self.parts["tokens"] = gr.HTML("", elem_id="tokens")
         highest = (card.classes or 1_000_000) - 1
         inputs["class_label"] = gr.Number(
             0, label="Class number", precision=0, minimum=0, maximum=highest,
@@ -77,6 +77,7 @@ class Layout:
             elem_classes="chips",
             visible=bool(styles),
         )
+        self.given.draw_inputs(card)
 
     def _numbers(self) -> None:
         import gradio as gr
@@ -116,8 +117,9 @@ class Layout:
     def _speed(self) -> None:
         import gradio as gr
 
-        self.inputs["speed"] = gr.Radio(list(form.SPEEDS), value=form.EXACT, label="Speed", elem_id="speed")
-        self.parts["speed_note"] = gr.Markdown(speed_note(form.EXACT), elem_classes="note")
+        self.inputs["speed"] = gr.Radio(list(speed.SPEEDS), value=speed.EXACT, label="Speed", elem_id="speed")
+        self.parts["speed_note"] = gr.HTML(views.note("Every block is computed at every step."), elem_id="speed-note")
+        self.parts["measure"] = gr.Button("Measure now", size="sm", elem_id="measure", visible=False)
         with gr.Column(visible=False) as self.parts["methods"]:
             self.inputs["profile"] = gr.Dropdown(
                 **form.profile_choices(self.first.name), label="Tuned settings", filterable=False
@@ -156,6 +158,7 @@ class Layout:
     def _buttons(self) -> None:
         import gradio as gr
 
+        self.parts["estimate"] = gr.HTML("", elem_id="estimate")
         with gr.Row(elem_id="go-row"):
             self.parts["generate"] = gr.Button(
                 "Generate", variant="primary", size="lg", elem_id="generate", scale=4
@@ -163,15 +166,15 @@ class Layout:
             self.parts["stop"] = gr.Button(
                 "Stop", size="lg", elem_id="stop", interactive=False, scale=1, min_width=90
             )
-        gr.HTML('<p class="keys">or Ctrl + Enter</p>')
-        self.parts["compare"] = gr.Button(
-            "Compare with the exact picture", size="sm", elem_id="compare", visible=False
-        )
+        with gr.Row(elem_id="queue-row"):
+            gr.HTML('<p class="keys">Ctrl + Enter; with Shift it is added to the queue</p>')
+            self.parts["queue"] = gr.Button("Add to queue", size="sm", elem_id="queue", scale=0, min_width=110)
 
     def _folded(self) -> None:
         import gradio as gr
 
         concepts = form.concepts_of(self.first)
+        self.given.draw_loras(self.first)
         with gr.Accordion("What the model knows", open=False, elem_classes="folded"):
             self.parts["about"] = gr.Markdown(form.about(self.first), elem_classes="note")
             self.parts["concepts"] = gr.Dropdown(
@@ -182,16 +185,18 @@ class Layout:
             )
         with gr.Accordion("Reuse settings from a picture", open=False, elem_classes="folded"):
             self.parts["file"] = gr.File(
-                label="Drop a picture made by Leapfrog",
-                file_types=[".png", ".json"],
+                label="Drop a PNG, MP4 or JSON made by Leapfrog",
+                file_types=[".png", ".mp4", ".gif", ".json"],
                 height=120,
                 elem_id="reuse",
+                elem_classes="drop",
             )
         with gr.Accordion("More settings", open=False, elem_classes="folded"):
             self.inputs["negative_prompt"] = gr.Textbox(
                 label="Negative prompt", lines=2, max_length=PROMPT_LENGTH
             )
             self.inputs["scheduler"] = form.control(self.fields["scheduler"])
+            self.inputs["tiling"] = form.control(self.fields["tiling"])
 
     def _result(self) -> None:
         import gradio as gr
@@ -199,6 +204,11 @@ class Layout:
         parts, examples = self.parts, form.examples_of(self.first)
         with gr.Column(elem_classes="stage"):
             parts["status"] = gr.HTML("", elem_id="status")
+            with gr.Column(visible=False, elem_id="diff") as parts["diff_box"]:
+                parts["diff"] = gr.HTML("")
+                with gr.Row():
+                    parts["apply"] = gr.Button("Apply all", variant="primary", size="sm", elem_id="apply")
+                    parts["leave"] = gr.Button("Leave as it is", size="sm", elem_id="leave")
             parts["empty"] = gr.HTML(views.empty())
             with gr.Column(visible=bool(examples)) as parts["example_box"]:
                 parts["examples"] = gr.Dataset(
@@ -213,14 +223,9 @@ class Layout:
                 visible=False, show_label=False, label="Pictures", elem_id="gallery", columns=3, interactive=False,
                 object_fit="contain", height="auto", buttons=["download", "fullscreen"], container=False,
             )  # fmt: skip
+            parts["player"] = gr.HTML(visible=False, elem_id="player")
+            with gr.Row(visible=False, elem_id="after") as parts["after"]:
+                parts["compare"] = gr.Button("Compare with exact", size="sm", elem_id="compare", visible=False)
+                parts["again"] = gr.Button("Reuse settings", size="sm", elem_id="again")
+                parts["onward"] = gr.Button("Start from this picture", size="sm", elem_id="onward", visible=False)
             parts["report"] = gr.HTML("", elem_id="report")
-
-
-def speed_note(speed: str) -> str:
-    """Return the sentence under the choice of speed, which is always true."""
-    if speed == form.EXACT:
-        return "Every block is computed at every step."
-    return (
-        "Work that changes little between two steps is reused. The picture will differ somewhat from the exact one; "
-        "what was reused is told under the picture and written into the file."
-    )

@@ -85,7 +85,8 @@ _DIE = (
 # Gradio splits selectors at every comma to put its own class before each: no commas inside brackets, none after .dark.
 CSS = """
 :root { --die: url("data:image/svg+xml,DIE"); }
-.gradio-container { max-width: 1160px !important; margin: 0 auto !important; padding: 28px clamp(14px, 4vw, 24px) 48px !important; }
+.gradio-container { width: 100% !important; max-width: 1200px !important;
+  margin: 0 auto !important; padding: 28px clamp(14px, 4vw, 24px) 48px !important; }
 .gradio-container > .main { padding: 0 !important; }
 .gradio-container .form { border: 0; background: transparent; box-shadow: none; gap: 18px; overflow: visible; }
 .gradio-container .block { overflow: visible; }
@@ -95,6 +96,21 @@ CSS = """
 .masthead h1 { font-size: 26px; font-weight: 680; letter-spacing: -.02em; margin: 0; color: var(--neutral-900); }
 .masthead p { margin: 0; color: var(--neutral-600); font-size: 15px; }
 .dark .masthead h1 { color: var(--neutral-50); } .dark .masthead p { color: var(--neutral-400); }
+
+#head { align-items: center; gap: 10px 18px; flex-wrap: wrap; margin-bottom: 6px; }
+#mast { flex: 0 0 auto; width: auto; min-width: 0; } #chips { flex: 1 1 300px; min-width: 0; }
+#stop-all { flex: 0 0 auto; border-color: #b91c1c; color: #991b1b; font-weight: 600; }
+.dark #stop-all { color: #fecaca; border-color: #ef4444; }
+.chiprow { display: flex; flex-wrap: wrap; gap: 6px; }
+.chip { border: 1px solid var(--neutral-200); border-radius: 99px; background: white; padding: 3px 12px; font-size: 13px;
+  color: var(--neutral-700); overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.chip .name { color: var(--neutral-600); } .chip b { font-weight: 600; color: var(--neutral-900); }
+.chip small { font-size: 12px; }
+.dark .chip { background: var(--neutral-900); border-color: var(--neutral-800); color: var(--neutral-300); }
+.dark .chip b { color: var(--neutral-50); } .dark .chip .name { color: var(--neutral-400); }
+#chips .trouble { margin-top: 8px; }
+#tabs > .tabitem { border: 0; padding: 16px 0 0; background: transparent; } #tabs > .tab-wrapper { border: 0; }
+#tabs > .tab-wrapper button { font-size: 15px; }
 
 #columns { gap: 40px; align-items: flex-start; margin-top: 8px; }
 #form-side { gap: 30px; }
@@ -115,11 +131,11 @@ CSS = """
 .chips label:has(input:focus-visible) { outline: 2px solid var(--primary-600); outline-offset: 2px; }
 .chips label span { margin: 0 !important; }
 
-#speed .wrap { display: grid; grid-template-columns: 1fr 1fr; gap: 0; padding: 4px; border-radius: 14px;
+#speed .wrap { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0; padding: 4px; border-radius: 14px;
   background: var(--neutral-200); }
 .dark #speed .wrap { background: var(--neutral-800); }
 #speed label { justify-content: center; border: 0 !important; background: transparent !important; box-shadow: none !important;
-  border-radius: 11px !important; padding: 8px 10px !important; cursor: pointer; color: var(--neutral-700); }
+  border-radius: 11px !important; padding: 8px 6px !important; cursor: pointer; color: var(--neutral-700); }
 #speed label.selected { background: white !important; color: var(--neutral-900) !important; font-weight: 600;
   box-shadow: 0 1px 3px rgb(0 0 0 / .14) !important; }
 .dark #speed label { color: var(--neutral-300); }
@@ -143,7 +159,28 @@ CSS = """
 #go-row { gap: 10px; flex-wrap: nowrap; }
 #generate { font-size: 16px; font-weight: 600; min-height: 52px; border-radius: 14px; }
 #stop { min-height: 52px; border-radius: 14px; }
-.keys { color: var(--neutral-500); font-size: 12.5px; text-align: center; }
+#queue-row { align-items: center; gap: 10px; flex-wrap: nowrap; }
+#estimate:not(:has(.note)), #tokens:not(:has(.tokens)), #refused:not(:has(.refused)),
+.coverage:not(:has(p)):not(:has(.trouble)) { display: none; }
+#measure { align-self: flex-start; width: auto; flex: 0 0 auto; }
+#tokens { margin-top: -12px; }
+.tokens { font-size: 12.5px; color: var(--neutral-600); font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.dark .tokens { color: var(--neutral-400); } .tokens .over { color: #92400e; font-weight: 600; }
+.dark .tokens .over { color: #fcd34d; }
+#refused { margin-top: -12px; }
+.refused { font-size: 13px; color: var(--neutral-600); } .dark .refused { color: var(--neutral-400); }
+.refused summary { cursor: pointer; } .refused ul { list-style: none; margin: 6px 0 0; padding: 0; }
+.refused li { margin: 3px 0; } .refused .off { border: 1px dashed var(--neutral-400); border-radius: 99px; padding: 1px 10px;
+  color: var(--neutral-600); margin-right: 6px; } .dark .refused .off { color: var(--neutral-400); }
+.drop { border: 1px dashed var(--neutral-400) !important; border-radius: 12px !important; overflow: hidden !important; }
+.dark .drop { border-color: var(--neutral-600) !important; }
+.drop .wrap { font-size: 13.5px; }
+#asking .row:not(:has(> *:not(.hidden):not(.hide))) { display: none; }
+#after { gap: 8px; flex-wrap: wrap; } #after button { flex: 0 1 auto; min-width: 0; }
+#player video { display: block; max-width: 100%; margin: 0 auto; border-radius: 10px; min-width: min(100%, 320px); }
+#diff { gap: 12px; border: 1px solid var(--neutral-300); border-radius: 14px; padding: 14px; }
+.dark #diff { border-color: var(--neutral-700); }
+.keys { color: var(--neutral-600); font-size: 12.5px; }
 .dark .keys { color: var(--neutral-400); }
 
 .stage { border: 1px solid var(--neutral-200); border-radius: 20px; background: white; padding: 22px; }
@@ -242,6 +279,8 @@ footer { display: none !important; }
   #asking, #settings, #result-side { width: 100%; min-width: 0 !important; }
   #result-side { position: static; order: 1; }
   #settings { order: 2; }
+  #speed label { font-size: 13px; padding: 8px 2px !important; }
+  #queue-row .keys { display: none; }
   .stage { padding: 14px; border-radius: 16px; }
   .welcome { padding-top: 16px; }
 }
@@ -255,7 +294,7 @@ SCRIPT = """() => {
   document.addEventListener("keydown", (event) => {
     if ((event.ctrlKey || event.metaKey) && event.key === "Enter") {
       event.preventDefault();
-      document.querySelector("#generate")?.click();
+      document.querySelector(event.shiftKey ? "#queue" : "#generate")?.click();
     }
   }, true);
   document.addEventListener("click", (event) => {

@@ -5,14 +5,14 @@ Everything that came from outside goes through `safe`.
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
+from app_copies import copies
 from app_jobs import RUNS
 from pipelines import timeline as drawn
-from pipelines.form import fields
 from pipelines.request import Request
 
 if TYPE_CHECKING:
@@ -37,15 +37,58 @@ STATES, SHOWN_ROWS = drawn.STATES, 200
 safe, timeline = drawn.safe, drawn.timeline
 
 
-def masthead(title: str, summary: str) -> str:
-    """Return the head of the page."""
-    told = f" · {safe(summary)}" if summary else ""
-    return f'<div class="masthead"><h1>Leapfrog</h1><p>Model <b>{safe(title)}</b>{told}</p></div>'
+def masthead() -> str:
+    """Return the name of the page."""
+    return '<div class="masthead"><h1>Leapfrog</h1></div>'
+
+
+def chips(facts: Sequence[tuple[str, str, str]], problem: str = "") -> str:
+    """Return small labels of (name, value, more), with a box under them where nothing can be worked on."""
+    shown = "".join(
+        f'<span class="chip"><span class="name">{safe(name)}</span> <b>{safe(value)}</b>'
+        + (f" <small>{safe(more)}</small>" if more else "")
+        + "</span>"
+        for name, value, more in facts
+    )
+    return f'<div class="chiprow" role="status" aria-label="State of this page">{shown}</div>{trouble(problem)}'
 
 
 def trouble(words: str) -> str:
     """Return a box with an error in plain words, or nothing."""
     return f'<div class="trouble" role="alert">{safe(words)}</div>' if words else ""
+
+
+def note(words: str) -> str:
+    """Return a quiet sentence, or nothing."""
+    return f'<p class="note">{safe(words)}</p>' if words else ""
+
+
+def player(path: str, words: str) -> str:
+    """Return a player of the bytes of a file that the page serves."""
+    return (
+        f'<video controls loop muted playsinline preload="auto" aria-label="{safe(words)}" '
+        f'src="gradio_api/file={quote(path)}"></video>'
+    )
+
+
+def differences(source: str, rows: Sequence[tuple[str, str, str]], missing: Sequence[str]) -> str:
+    """Return a table of what settings would change: control, value now, value there."""
+    head = f"<h3>Settings of {safe(source)}</h3>"
+    more = f"<p class='note'>To be given again, because nothing that a picture names is opened: {safe(', '.join(missing))}.</p>"
+    if not rows:
+        return f"<div class='report'>{head}<p>Nothing in the form would change.</p>{more if missing else ''}</div>"
+    told = "".join(
+        f"<tr><th scope='row'>{safe(name)}</th><td>{safe(_short(now))}</td><td><b>{safe(_short(then))}</b></td></tr>"
+        for name, now, then in rows
+    )
+    return (
+        f"<div class='report'>{head}<div class='scroll'><table><thead><tr><th scope='col'>setting</th><th scope='col'>now</th>"
+        f"<th scope='col'>there</th></tr></thead><tbody>{told}</tbody></table></div>{more if missing else ''}</div>"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:160]}..."
 
 
 def empty() -> str:
@@ -68,16 +111,17 @@ def progress(job: Job, ahead: int = 0) -> str:
     words, steps, share = PHASES.get(job.phase, job.phase), "", 0.0
     if job.state == "waiting":
         words = f"Waiting: {ahead} before yours" if ahead else "Starting"
-    elif job.cancel.is_set():
-        words = "Stopping after this step"
     if now is not None and now.steps:
         steps = f"step {now.step} of {now.steps}"
         share = min(1.0, (now.picture + now.step / now.steps) / max(1, job.request.images))
     if now is not None and job.request.images > 1:
         steps = f"picture {now.picture + 1} of {job.request.images}" + (f", {steps}" if steps else "")
-    if job.comparing and job.runs:
-        steps = f"run {job.runs} of {RUNS}" + (f", {steps}" if steps else "")
-        share = min(1.0, (job.runs - 1 + (now.step / now.steps if now and now.steps else 0)) / RUNS)
+    if now is not None and now.note.startswith("run "):
+        run = int(now.note.split()[1])
+        steps = now.note + (f", {steps}" if steps else "")
+        share = min(1.0, (run - 1 + (now.step / now.steps if now.steps else 0)) / RUNS)
+    elif now is not None and now.note:
+        words = now.note
     clock = f"{job.seconds:.1f} s{_left(job)}" if job.started else ""
     busy = "" if share else " busy"
     return (
@@ -95,7 +139,6 @@ def _left(job: Job) -> str:
         or pace is None
         or now.phase != "denoise"
         or now.step - pace[0] < 2
-        or job.cancel.is_set()
     ):
         return ""
     each = (time.monotonic() - pace[1]) / (now.step - pace[0])
@@ -105,14 +148,16 @@ def _left(job: Job) -> str:
 
 def ended(job: Job) -> str:
     """Return what stands under the button once nothing more happens."""
-    if job.state == "cancelled":
-        return '<div class="pace" role="status">Stopped. Nothing was decoded or saved.</div>'
+    made = f"{job.made} of {job.request.images} pictures were made and saved" if job.made else "Nothing was decoded or saved"
+    if job.stopped:
+        return f'<div class="pace" role="status">Stopped. {made}.</div>'
     if job.state == "failed":
         return trouble(job.error)
     failures = job.report.get("failures", [])
     warnings = [one for one in job.report.get("warnings", []) if one not in failures]
     boxes = [trouble(f"Something is wrong with the result: {one}.") for one in failures]
     boxes += [f'<div class="trouble caution" role="status">Note: {safe(one)}.</div>' for one in warnings]
+    boxes += [trouble(f"{made}. {job.error}")] if job.error else []
     return "".join(boxes)
 
 
@@ -132,7 +177,7 @@ def report(job: Job) -> str:
         f'<p class="files">{safe(files)} · {size}, lossless PNG with these settings inside · saved in {safe(job.folder)}</p>'
         f"<details><summary>Run report</summary>{_phases(timings)}"
         f"<h3>Where the work went, step by step ({pictures})</h3>{timeline(run)}"
-        f"{_compared(found, request)}{_steps(run)}{_rest(found)}</details>{_copies(request)}</div>"
+        f"{_compared(found, request)}{_steps(run)}{_rest(found)}</details>{copies(request)}</div>"
     )
 
 
@@ -141,22 +186,21 @@ def _likeness(job: Job) -> str:
     found = job.measured
     if found is None:
         return ""
-    values = found.to_dict()
-    times = values["median"]
-    psnr = "infinite" if values["psnr_db"] is None else f"{values['psnr_db']:.1f} dB"
+    times, speed = found["median"], found["speedup"]
+    psnr = "infinite" if found["psnr_db"] is None else f"{found['psnr_db']:.1f} dB"
     rows = [
-        ("speed-up of denoising", f"{found.speedup('denoise'):.2f}x"),
-        ("speed-up end to end", f"{found.speedup():.2f}x"),
+        ("speed-up of denoising", f"{speed['denoise']:.2f}x"),
+        ("speed-up end to end", f"{speed['end_to_end']:.2f}x"),
         ("exact, end to end", f"{times['exact']['end_to_end']:.2f} s"),
         ("accelerated, end to end", f"{times['accelerated']['end_to_end']:.2f} s"),
         ("PSNR to the exact picture", psnr),
-        ("SSIM", f"{found.ssim:.3f}"),
+        ("SSIM", f"{found['ssim']:.3f}"),
     ]
     told = "".join(f"<tr><th scope='row'>{name}</th><td>{value}</td></tr>" for name, value in rows)
     rounds = (
-        f"Left exact, right accelerated. Times: median of {found.rounds} runs of each kind, taken in turns."
+        f"Left exact, right accelerated. Times: median of {found['rounds']} runs of each kind, taken in turns."
     )
-    verdict = found.verdict[:1].upper() + found.verdict[1:]
+    verdict = found["verdict"][:1].upper() + found["verdict"][1:]
     return (
         f'<div class="likeness"><h3>Against the exact picture</h3><p><b>{safe(verdict)}.</b></p>'
         f"<div class='scroll'><table>{told}</table></div><p class='note'>{rounds}</p></div>"
@@ -245,47 +289,3 @@ def _rest(found: Mapping[str, Any]) -> str:
         if value
     )
     return f"<details><summary>Memory, digests and versions</summary><div class='scroll'><table>{rows}</table></div></details>"
-
-
-def _copies(request: Request) -> str:
-    blocks = "".join(
-        f'<h3>{name} <button type="button" class="copy" aria-label="Copy {name}">Copy</button></h3>'
-        f'<pre tabindex="0" aria-label="{name}">{safe(text)}</pre>'
-        for name, text in (("Command", command_of(request)), ("Python", python_of(request)))
-    )
-    return f"<details><summary>Copy as command or Python</summary>{blocks}</details>"
-
-
-def command_of(request: Request) -> str:
-    """Return the command that makes the same picture."""
-    from pipelines.cli import _FLAGS as FLAGS
-
-    words = ["leapfrog generate"]
-    words += [shlex.quote(request.prompt)] if request.prompt and not request.prompt.startswith("-") else []
-    for name, value in _changed(request).items():
-        flag, text = FLAGS.get(name, name).replace("_", "-"), str(value)
-        words.append(f"--{flag}{'=' if text.startswith('-') else ' '}{shlex.quote(text)}")
-    words += [f"--accelerate {shlex.quote(str(one))}" for one in request.accelerators]
-    words += [f"-- {shlex.quote(request.prompt)}"] if request.prompt.startswith("-") else []
-    return " ".join(words)
-
-
-def python_of(request: Request) -> str:
-    """Return the lines of Python that make the same picture."""
-    given = ({"prompt": request.prompt} if request.prompt else {}) | _changed(request)
-    lines = [f"    {name}={value!r}," for name, value in given.items()]
-    if request.accelerators:
-        lines.append(f"    accelerators={[str(one) for one in request.accelerators]!r},")
-    return "\n".join([
-        "from pipelines.generate import generate", "from pipelines.request import Request", "",
-        "result = generate(Request(", *lines, "))", "result.save()",
-    ])  # fmt: skip
-
-
-def _changed(request: Request) -> dict[str, Any]:
-    values = {one.name: (getattr(request, one.name), one.default) for one in fields(Request)}
-    return {
-        name: value
-        for name, (value, default) in values.items()
-        if name not in ("prompt", "accelerators") and (value != default or name in ("seed", "model"))
-    }

@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 
 import app
+import app_copies as copies
 import app_form as form
 import app_serve as serve
+import app_speed as speed
 import app_views as views
-from app_jobs import WAITING, Job, Jobs, QueueFull
+from app_jobs import WAITING, Job, Jobs, Now, QueueFull
 from pipelines.catalog import Card
 from pipelines.cli import build_parser, request_of
 from pipelines.generate import Cancelled, Progress
@@ -71,7 +73,8 @@ class FakeResult:
         }
 
     def save(self, folder: Path) -> list[Path]:
-        paths = [folder / f"{self.request.seed + i}.png" for i in range(self.request.images)]
+        names = [folder / f"{self.request.seed + i}.png" for i in range(self.request.images)]
+        paths = [folder] if folder.suffix else names
         for path in paths:
             path.write_bytes(b"\x89PNG of " + path.name.encode())
         return paths
@@ -106,7 +109,7 @@ def fake() -> Fake:
 
 @pytest.fixture
 def jobs(tmp_path: Path, fake: Fake) -> Iterator[Jobs]:
-    made = Jobs(tmp_path / "out", fake)
+    made = Jobs(tmp_path / "out", fake, ledger=tmp_path / "state" / "jobs.sqlite")
     yield made
     fake.go.release(1000)
     made.close()
@@ -120,9 +123,9 @@ def until(true: Callable[[], bool]) -> None:
     raise AssertionError("it never came")
 
 
-def run(fake: Fake, job: Job) -> Job:
-    fake.go.release(fake.steps)
-    until(lambda: job.over)
+def run(jobs: Jobs, fake: Fake, job: Job) -> Job:
+    fake.go.release(fake.steps * job.request.images)
+    until(lambda: jobs.refresh(job).over)
     return job
 
 
@@ -141,65 +144,87 @@ def test_importing_the_page_is_light() -> None:
 def test_a_job_reports_progress_and_ends_with_files(jobs: Jobs, fake: Fake) -> None:
     job = jobs.submit(Request(prompt="dog", seed=7, images=2))
     fake.go.release(1)
-    until(lambda: job.progress is not None)
+    until(lambda: jobs.refresh(job).progress is not None and job.progress.step == 1)  # type: ignore[union-attr]
     assert job.state == "running"
-    assert job.progress is not None
-    assert job.progress.step == 1
-    run(fake, job)
-    assert job.state == "done"
+    run(jobs, fake, job)
+    assert (job.state, job.error) == ("done", "")
     assert [path.name for path in job.paths] == ["7.png", "8.png"]
     assert job.report["run"] == RUN
+    assert job.report["timings"]["denoise"] == 2.0, "of both pictures"
 
 
 def test_cancelling_a_running_job_ends_it_within_a_step_and_never_decodes(jobs: Jobs, fake: Fake) -> None:
     job = jobs.submit(Request(prompt="dog"))
     fake.go.release(1)
-    until(lambda: job.progress is not None)
-    jobs.cancel(job.name)
+    until(lambda: jobs.refresh(job).progress is not None)
+    assert jobs.cancel(job.name) == 1
     fake.go.release(1)
-    until(lambda: job.over)
-    assert (job.state, fake.decoded, job.paths) == ("cancelled", 0, [])
-    assert not jobs.folder.exists()
+    after = jobs.submit(Request(prompt="next"))
+    run(jobs, fake, after)
+    assert (jobs.refresh(job).state, fake.decoded, job.paths) == ("cancelled", 1, [])
+    assert [one.name for one in jobs.folder.glob("*")] == ["0.png"]
 
 
 def test_cancelling_a_waiting_job_takes_it_out_of_the_queue(jobs: Jobs, fake: Fake) -> None:
     first, second, third = (jobs.submit(Request(prompt=name)) for name in ("one", "two", "three"))
-    until(lambda: first.state == "running")
+    until(lambda: jobs.refresh(first).state == "running")
     assert (jobs.ahead(second), jobs.ahead(third)) == (1, 2)
     jobs.cancel(second.name)
-    assert second.state == "cancelled"
+    assert jobs.refresh(second).state == "cancelled"
     assert jobs.ahead(third) == 1
-    run(fake, first)
-    run(fake, third)
+    run(jobs, fake, first)
+    run(jobs, fake, third)
     assert fake.order == ["one", "three"]
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("break", "<b>something</b> else"), ("explode", "KeyError")])
 def test_a_failing_job_does_not_stop_the_next(jobs: Jobs, fake: Fake, prompt: str, words: str) -> None:
-    bad = run(fake, jobs.submit(Request(prompt=prompt)))
+    bad = run(jobs, fake, jobs.submit(Request(prompt=prompt)))
     assert bad.state == "failed"
     assert words in bad.error
-    good = run(fake, jobs.submit(Request(prompt="dog")))
+    good = run(jobs, fake, jobs.submit(Request(prompt="dog")))
     assert good.state == "done"
 
 
-def test_a_full_queue_says_so(jobs: Jobs) -> None:
-    running = jobs.submit(Request(prompt="first"))
-    until(lambda: running.state == "running")
-    for _ in range(WAITING):
-        jobs.submit(Request(prompt="more"))
+def test_a_full_queue_says_so_to_whom_it_concerns(jobs: Jobs) -> None:
+    running = jobs.submit(Request(prompt="first"), owner="me")
+    until(lambda: jobs.refresh(running).state == "running")
+    for _ in range(WAITING // 16):
+        jobs.submit(Request(prompt="more", images=16), owner="me")
     with pytest.raises(QueueFull, match="waiting already"):
-        jobs.submit(Request(prompt="too many"))
+        jobs.submit(Request(prompt="too many"), owner="me")
+    assert jobs.submit(Request(prompt="mine"), owner="you").state == "waiting"
 
 
-def test_closing_cancels_everything(jobs: Jobs, fake: Fake) -> None:
-    first, second = jobs.submit(Request(prompt="one")), jobs.submit(Request(prompt="two"))
-    until(lambda: first.state == "running")
-    fake.go.release(1)
+def test_closing_the_page_loses_nothing_and_the_next_one_goes_on(tmp_path: Path, fake: Fake) -> None:
+    ledger = tmp_path / "jobs.sqlite"
+    jobs = Jobs(tmp_path / "out", fake, ledger=ledger)
+    first, second = (jobs.submit(Request(prompt=name), owner="me") for name in ("one", "two"))
+    until(lambda: jobs.refresh(first).state == "running")
+    threading.Timer(0.2, fake.go.release).start()
     jobs.close()
-    assert (first.state, second.state, fake.decoded) == ("cancelled", "cancelled", 0)
     with pytest.raises(QueueFull):
         jobs.submit(Request(prompt="three"))
+    assert fake.decoded == 0
+    later = Jobs(tmp_path / "out", fake, ledger=ledger)
+    again = later.get(first.name, "me")
+    assert again is not None
+    assert again.state == "waiting", "it was given back"
+    later.start()
+    fake.go.release(100)
+    for job in (first, second):
+        assert run(later, fake, job).state == "done"
+    later.close()
+
+
+def test_nobody_sees_or_stops_a_job_of_another(jobs: Jobs, fake: Fake) -> None:
+    mine = jobs.submit(Request(prompt="dog", images=2), owner="me")
+    assert jobs.get(mine.name, "you") is None
+    assert jobs.cancel(mine.name, "you") == 0
+    assert (jobs.mine("you"), jobs.mine("me") is None) == (None, False)
+    both = f"{mine.name}.{jobs.submit(Request(prompt='cat'), owner='you').name}"
+    assert jobs.get(both, "me") is None, "names of two owners are no job of either"
+    assert run(jobs, fake, mine).state == "done"
 
 
 def test_names_of_jobs_cannot_be_guessed(jobs: Jobs) -> None:
@@ -207,7 +232,7 @@ def test_names_of_jobs_cannot_be_guessed(jobs: Jobs) -> None:
     assert len(names) == 5
     assert min(map(len, names)) >= 20
     assert jobs.get("") is None
-    assert jobs.cancel("nothing") is None
+    assert jobs.cancel("nothing") == 0
 
 
 def test_warming_up_comes_first_and_may_fail(tmp_path: Path, fake: Fake) -> None:
@@ -217,8 +242,8 @@ def test_warming_up_comes_first_and_may_fail(tmp_path: Path, fake: Fake) -> None
         seen.append("warm")
         raise RuntimeError("no model")
 
-    warmed = Jobs(tmp_path, fake, warm=warm)
-    assert run(fake, warmed.submit(Request(prompt="dog"))).state == "done"
+    warmed = Jobs(tmp_path, fake, warm=warm, ledger=tmp_path / "jobs.sqlite")
+    assert run(warmed, fake, warmed.submit(Request(prompt="dog"))).state == "done"
     assert seen == ["warm"]
     warmed.close()
 
@@ -287,7 +312,7 @@ def test_every_method_can_be_chosen_with_its_defaults_and_comes_back(methods: An
         switches = {other: other == name for other in methods}
         untouched = [one for one in methods[name] if one.optional and one.default is None]
         blank = {f"{name}.{one.name}": "" for one in untouched}
-        request = form.request_of(controls(methods, speed=form.ACCELERATED) | switches | blank, methods)
+        request = form.request_of(controls(methods, speed=form.CUSTOM) | switches | blank, methods)
         assert str(request.accelerators[0]) == name
         assert [one.name for one in request.accelerators] == [name]
         again = form.request_of(form.values_of(request, CARD, methods), methods)
@@ -296,7 +321,7 @@ def test_every_method_can_be_chosen_with_its_defaults_and_comes_back(methods: An
 
 def test_settings_of_a_method_reach_the_request(methods: Any) -> None:
     changed = {
-        "speed": form.ACCELERATED,
+        "speed": form.CUSTOM,
         "delta-cache.interval": 3.0,
         "delta-cache.first_block": " 1 ",
         "delta-cache.last_block": "",
@@ -314,9 +339,9 @@ def test_settings_of_a_method_reach_the_request(methods: Any) -> None:
         ({"seed": "seven"}, "seed"),
         ({"guidance": float("nan")}, "guidance"),
         ({"steps": 0}, "steps"),
-        ({"speed": form.ACCELERATED, "delta-cache": False}, "speed"),
-        ({"speed": form.ACCELERATED, "delta-cache.first_block": "two"}, "first_block"),
-        ({"speed": form.ACCELERATED, "delta-cache.interval": 99}, "accelerators"),
+        ({"speed": form.CUSTOM, "delta-cache": False}, "speed"),
+        ({"speed": form.CUSTOM, "delta-cache.first_block": "two"}, "first_block"),
+        ({"speed": form.CUSTOM, "delta-cache.interval": 99}, "accelerators"),
     ],
 )
 def test_bad_input_is_named(methods: Any, changes: dict[str, Any], field: str) -> None:
@@ -359,7 +384,7 @@ def test_a_class_model_is_asked_by_number(methods: Any) -> None:
 
 
 def job_of(request: Request, tmp_path: Path) -> Job:
-    job = Job(request, tmp_path)
+    job = Job(request, tmp_path, name="x")
     job.report, job.paths = FakeResult(request).report, [tmp_path / "1.png"]
     job.started, job.ended, job.state = 1.0, 3.0, "done"
     return job
@@ -367,8 +392,10 @@ def job_of(request: Request, tmp_path: Path) -> Job:
 
 def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     nasty = "<img src=x onerror=alert(1)> ${alert(2)} {{this}} @children"
-    job = Job(Request(prompt="dog"), tmp_path, state="failed", error=nasty)
-    for shown in (views.trouble(nasty), views.ended(job), views.masthead(nasty, nasty)):
+    job = Job(Request(prompt="dog"), tmp_path, name="x", state="failed", error=nasty)
+    chips = views.chips([(nasty, nasty, nasty)], nasty)
+    table = views.differences(nasty, [(nasty, nasty, nasty)], [nasty])
+    for shown in (views.trouble(nasty), views.ended(job), chips, table, views.note(nasty), views.player(nasty, nasty)):
         assert not any(sign in shown for sign in ("<img", "${", "{{", "@children"))
     assert "&lt;img src=x" in views.trouble(nasty)
     assert "<" not in form.about(Card(name="x", summary="<script>[a](b)")).replace("\\<", "")
@@ -415,17 +442,19 @@ def test_warnings_and_failures_are_told_apart(tmp_path: Path) -> None:
     assert "Note: the prompt was cut." in shown
 
 
-def test_progress_says_phase_step_and_stopping(tmp_path: Path) -> None:
+def test_progress_says_phase_step_and_what_memory_asked_for(tmp_path: Path) -> None:
     job = Job(Request(prompt="dog", images=2), tmp_path)
     assert "2 before yours" in views.progress(job, 2)
-    job.state, job.started = "running", time.monotonic()
-    job.told(Progress(3, 10, "denoise", 1.0, 1))
+    job.state, job.started = "running", time.time()
+    job.told(Now(3, 10, "denoise", 1.0, 1))
     shown = views.progress(job)
     assert "Denoising" in shown
     assert "picture 2 of 2, step 3 of 10" in shown
     assert 'aria-valuenow="65"' in shown
-    job.cancel.set()
-    assert "Stopping" in views.progress(job)
+    job.told(Now(3, 10, "denoise", 1.0, 0, "run 4 of 6"))
+    assert "run 4 of 6, " in views.progress(job)
+    job.told(Now(3, 10, "memory", 1.0, 0, "tiling: decoded in <tiles>"))
+    assert "tiling: decoded in &lt;tiles&gt;" in views.progress(job)
 
 
 REQUESTS = [
@@ -448,11 +477,11 @@ REQUESTS = [
 def test_copied_command_and_python_give_the_same_request(request_: Request) -> None:
     import shlex
 
-    words = shlex.split(views.command_of(request_))
+    words = shlex.split(copies.command_of(request_))
     assert words[:2] == ["leapfrog", "generate"]
     assert request_of(build_parser().parse_args(words[1:])) == request_
     seen: list[Request] = []
-    code = views.python_of(request_).replace("from pipelines.generate import generate\n", "")
+    code = copies.python_of(request_).replace("from pipelines.generate import generate\n", "")
     exec(code, {"generate": lambda one: seen.append(one) or SimpleNamespace(save=lambda: None)})
     assert seen == [request_]
 
@@ -540,13 +569,21 @@ def test_every_limit_of_gradio_is_set() -> None:
 # The page's own functions, with a fake underneath
 
 
+ME, YOU = (SimpleNamespace(session_hash=name) for name in ("mine", "yours"))
+"""Two browsers, as gradio tells them apart."""
+
+
 @pytest.fixture(scope="module")
 def page_of() -> Any:
     from app_page import Page
 
     def make(jobs: Jobs) -> Any:
-        page = Page(jobs, {"toy": CARD, "other": Card(name="other", task="class-to-image", classes=10)})
-        return page, page.build()
+        cards = {"toy": CARD, "other": Card(name="other", task="class-to-image", classes=10)}
+        page = Page(jobs, cards, tabs=[("app_create", "Create")])
+        blocks = page.build()
+        for browser in (ME, YOU):
+            page.house.enter(browser, None)  # type: ignore[arg-type]
+        return page.tabs["Create"], blocks
 
     return make
 
@@ -560,10 +597,28 @@ def test_the_page_keeps_its_limits_and_its_events_to_itself(jobs: Jobs, page_of:
     assert {one.api_visibility for one in blocks.fns.values()} == {"private"}
 
 
+def test_a_browser_keeps_its_name_and_cannot_take_an_empty_one(jobs: Jobs, page_of: Any) -> None:
+    house = page_of(jobs)[0].house
+    name = house.enter(ME, None)
+    assert (len(name) >= 20, house.session(ME), house.enter(ME, name)) == (True, name, name)
+    assert house.session(YOU) != name
+    for forged in ("", "short", "../" * 10, "x" * 65, 7):
+        assert house.enter(YOU, forged) not in ("", forged)
+
+
+def test_a_tab_that_is_missing_is_left_out(jobs: Jobs) -> None:
+    from app_page import Page
+
+    page = Page(jobs, {"toy": CARD}, tabs=[("app_create", "Create"), ("app_not_there", "Nothing")])
+    assert list(page.tabs) == ["Create"]
+
+
 def test_every_control_has_a_label(jobs: Jobs, page_of: Any) -> None:
     page, _ = page_of(jobs)
     for component in [*page.inputs.values(), page.parts["concepts"], page.parts["file"]]:
         assert component.label
+    shown = [one.label for name, one in page.inputs.items() if name not in page.methods and "." not in name]
+    assert len(set(shown)) == len(shown), "two controls of one name"
 
 
 def value_of(component: Any) -> Any:
@@ -576,27 +631,28 @@ def test_submitting_writes_the_seed_back_and_watching_ends_with_the_original_byt
 ) -> None:
     page, _ = page_of(jobs)
     given = controls(page.methods, seed="")
-    updates = page._submit("", *(given[name] for name in page.inputs))
+    updates = page._submit(ME, "", *(given[name] for name in page.inputs))
     job = jobs.get(updates[page.parts["job"]])
     assert job is not None
     assert updates[page.inputs["seed"]] == str(job.request.seed)
     fake.go.release(10)
 
     async def watch() -> list[Any]:
-        return [one async for one in page._watch(job.name)]
+        return [one async for one in page._watch(ME, job.name)]
 
     last = asyncio.run(watch())[-1]
+    jobs.refresh(job)
     served = Path(value_of(last[page.parts["picture"]])["path"])
     assert served.read_bytes() == job.paths[0].read_bytes()
     assert served != job.paths[0]
-    again = page._again(job.name)
-    assert again[page.parts["job"]] == job.name
+    assert page._again(ME, job.name)[page.parts["job"]] == job.name
+    assert page._again(YOU, job.name)[page.parts["job"]] == "", "a name alone opens nothing"
 
 
 def test_a_bad_request_is_told_and_nothing_is_queued(jobs: Jobs, fake: Fake, page_of: Any) -> None:
     page, _ = page_of(jobs)
     given = controls(page.methods, prompt="")
-    updates = page._submit("", *(given[name] for name in page.inputs))
+    updates = page._submit(ME, "", *(given[name] for name in page.inputs))
     assert updates[page.parts["job"]] == ""
     assert "Prompt must be text of 1 to 2000 characters" in updates[page.parts["status"]]
     assert fake.order == []
@@ -614,12 +670,22 @@ def test_settings_come_back_from_a_file(jobs: Jobs, page_of: Any, tmp_path: Path
     )
     file = tmp_path / "made.json"
     file.write_text(json.dumps({"version": 1, "request": request.to_dict(), "report": {}}))
-    updates = page._reuse(str(file))
+    given = controls(page.methods, prompt="a dog", seed="9")
+    values = tuple(given[name] for name in page.inputs)
+    shown = page.reuse.dropped(str(file), *values)
+    table, pending = shown[page.parts["diff"]], shown[page.parts["pending"]]
+    for setting in ("Prompt", "a dog", "a cat, 3d render", "Size", "40x96", "Speed", "Custom"):
+        assert setting in table
+    assert "<th scope='row'>Seed" not in table, "it would not change"
+    assert page.inputs["prompt"] not in shown, "nothing is filled in before it was asked for"
+    updates = page.reuse.apply(pending)
     assert updates[page.inputs["prompt"]] == "a cat, 3d render"
     assert updates[page.inputs["seed"]] == "9"
     assert updates[page.inputs["delta-cache.interval"]] == 4
-    assert updates[page.inputs["speed"]] == form.ACCELERATED
+    assert updates[page.inputs["speed"]] == form.CUSTOM
     assert set(updates) >= set(page.inputs.values())
+    again = page.reuse.differences(request, tuple(form.values_of(request, CARD, page.methods)[name] for name in page.inputs))
+    assert again == []
 
 
 @pytest.mark.parametrize(
@@ -632,7 +698,7 @@ def test_a_file_that_does_not_fit_is_refused_in_words(
     file = tmp_path / ("deep" * 25) / "some<i>.png"  # so long that a message would cut it
     file.parent.mkdir()
     file.write_bytes(content)
-    updates = page._reuse(str(file))
+    updates = page.reuse.dropped(str(file))
     assert "trouble" in updates[page.parts["status"]]
     assert str(tmp_path) not in updates[page.parts["status"]]
     assert "<i>" not in updates[page.parts["status"]]
@@ -646,7 +712,7 @@ def test_another_model_brings_its_own_fields(jobs: Jobs, page_of: Any) -> None:
         page.inputs[name] for name in ("prompt", "class_label", "style", "size", "steps", "guidance")
     }
     given = controls(page.methods, model="other", class_label=3)
-    job = jobs.get(page._submit("", *(given[name] for name in page.inputs))[page.parts["job"]])
+    job = jobs.get(page._submit(ME, "", *(given[name] for name in page.inputs))[page.parts["job"]])
     assert job is not None
     assert job.request.class_label == 3
 
@@ -661,12 +727,11 @@ class FakeMeasured:
     ssim: float = 0.987
     verdict: str = "2.00 times faster; a small <difference>"
 
-    def speedup(self, of: str = "end_to_end") -> float:
-        return {"denoise": 2.1, "end_to_end": 2.0}[of]
-
     def to_dict(self) -> dict[str, Any]:
         times = {"exact": {"end_to_end": 1.5}, "accelerated": {"end_to_end": 0.75}}
-        return {"median": times, "psnr_db": 36.64}
+        speedup = {"denoise": 2.1, "end_to_end": 2.0}
+        told = {"rounds": self.rounds, "ssim": self.ssim, "verdict": self.verdict, "failures": []}
+        return {"median": times, "psnr_db": 36.64, "speedup": speedup} | told
 
 
 def test_a_comparison_shows_both_pictures_and_what_was_measured(
@@ -682,26 +747,31 @@ def test_a_comparison_shows_both_pictures_and_what_was_measured(
         }
         return FakeMeasured(results)
 
-    jobs = Jobs(tmp_path / "out", fake, compare=compare)
+    jobs = Jobs(tmp_path / "out", fake, compare=compare, ledger=tmp_path / "jobs.sqlite")
     page, _ = page_of(jobs)
-    given = controls(page.methods, speed=form.ACCELERATED, images=3)
-    job = jobs.get(page._submit_comparison("", *(given[name] for name in page.inputs))[page.parts["job"]])
+    given = controls(page.methods, speed=speed.BALANCED, images=3)
+    values = [given[name] for name in page.inputs]
+    noted = [given[name] for name in ("model", "size", "steps", "images", "speed", "frames", "profile", "scheduler", "guidance")]
+    before = page._notes(*noted)
+    assert "Not measured on this model yet at 20 steps: delta-cache, as documented" in before[page.parts["speed_note"]]
+    assert "First run of this kind" in before[page.parts["estimate"]]
+    job = jobs.get(page._measure(ME, "", *values)[page.parts["job"]])
     assert job is not None
-    until(lambda: job.over)
+    until(lambda: jobs.refresh(job).over)
     assert job.state == "done", job.error
     assert asked == [(1, job.request.accelerators, job.request.accelerators, 2)]
-    assert [path.name for path in job.paths] == ["1.png", "2.png"]
-    assert job.runs == 1
+    assert [path.name for path in job.paths] == ["2-exact.png", "2.png"]
     shown = views.report(job)
     assert "2.00 times faster; a small &lt;difference&gt;." in shown
     assert "36.6 dB" in shown
     assert "2.10x" in shown
-    updates = page._done(job)
-    gallery = updates[page.parts["gallery"]]
-    shown_files = gallery["value"] if isinstance(gallery, dict) else gallery.value
-    captions = [one["caption"] for one in shown_files]
-    assert [one.rpartition(": ")[2] for one in captions] == ["exact", "accelerated"]
+    from app_shown import updates as updates_of
+
+    gallery = value_of(updates_of(job, page.parts, CARD)[page.parts["gallery"]])
+    assert [one["caption"].rpartition(": ")[2] for one in gallery] == ["exact", "accelerated"]
     assert "Against the exact picture" not in views.report(Job(job.request, tmp_path, report=job.report))
+    after = page._notes(*noted)[page.parts["speed_note"]]
+    assert "measured 2.00x end to end, PSNR 36.6 dB (worst 36.6 dB), on one picture only made on this computer" in after
     jobs.close()
 
 
@@ -727,9 +797,9 @@ def test_a_profile_is_chosen_among_the_known(
     found = form.profile_choices("toy")
     assert (found["choices"][1], found["visible"]) == (("quick (psnr>=35)", "quick"), True)
     assert "36.0 dB (worst 31.0 dB)" in form.profile_note("toy", "quick")
-    chosen = form.request_of(controls(methods, speed=form.ACCELERATED, profile="quick"), methods)
+    chosen = form.request_of(controls(methods, speed=form.CUSTOM, profile="quick"), methods)
     assert (chosen.profile, chosen.accelerators) == ("quick", ())
     assert form.request_of(controls(methods, profile="quick"), methods).profile is None, "exact stays exact"
     for name in ("profiles/quick.json", str(tmp_path / "profiles" / "quick.json"), "other"):
         with pytest.raises(RequestError, match="profile must be one of quick"):
-            form.request_of(controls(methods, speed=form.ACCELERATED, profile=name), methods)
+            form.request_of(controls(methods, speed=form.CUSTOM, profile=name), methods)

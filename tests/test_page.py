@@ -108,8 +108,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Start the page as a person would, without a network; return its address and the folder of its pictures."""
-    output = tmp_path_factory.mktemp("pictures")
+    output, state = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("state")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment["LEAPFROG_STATE"] = str(state)
     for name in ("SPACE_ID", "LEAPFROG_AUTH", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_TEMP_DIR"):
         environment.pop(name, None)
     command = [sys.executable, "-c", _OFFLINE, "--model", str(model), "--output", str(output)]
@@ -120,7 +121,7 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         said: list[str] = []
         threading.Thread(target=_read, args=(process, lines, said), daemon=True).start()
         try:
-            while not (found := re.search(r"http://\S+", line := lines.get(timeout=WAIT / 1000))):
+            while not (found := re.search(r"http://\S+", line := lines.get(timeout=3 * WAIT / 1000))):
                 assert line, "".join(said)
             yield found[0], output
         finally:
@@ -152,7 +153,6 @@ def browser() -> Iterator[Any]:
 def tab(browser: Any, served: tuple[str, Path]) -> Iterator[Any]:
     """Open the page; afterwards nothing may have been asked of other computers, and no script may have failed."""
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
-    tab.set_default_timeout(WAIT)
     outside: list[str] = []
     broken: list[str] = []
     tab.on(
@@ -160,12 +160,18 @@ def tab(browser: Any, served: tuple[str, Path]) -> Iterator[Any]:
         lambda one: None if one.url.startswith((served[0], "data:", "blob:")) else outside.append(one.url),
     )
     tab.on("pageerror", lambda error: broken.append(str(error)))
-    with tab.expect_response(lambda one: "queue/join" in one.url):  # the page has begun to ask the server
-        tab.goto(served[0])
-    tab.locator("#generate").wait_for()
-    yield tab
+    yield opened(tab, served[0])
     tab.close()
     assert (outside, broken) == ([], [])
+
+
+def opened(tab: Any, url: str) -> Any:
+    """Open the page and wait until it has said who it is."""
+    tab.set_default_timeout(WAIT)
+    with tab.expect_response(lambda one: "queue/join" in one.url):  # the page has begun to ask the server
+        tab.goto(url)
+    tab.locator("#generate").wait_for()
+    return tab
 
 
 def number(tab: Any, label: str, value: int) -> None:
@@ -195,7 +201,7 @@ def test_from_a_prompt_to_the_lossless_file(tab: Any, served: tuple[str, Path]) 
     assert "exact: all 24 block calls computed" in tab.locator("#report").inner_text()
     tab.get_by_text("Run report", exact=True).click()
     assert tab.locator("svg.timeline").get_attribute("data-computed") == "24"
-    tab.get_by_text("Copy as command or Python").click()
+    tab.get_by_text("Copy as command, Python or curl").click()
     assert f"--seed {request.seed}" in tab.get_by_label("Command", exact=True).inner_text()
     tab.get_by_role("button", name="Copy Command").click()
     assert tab.evaluate("String(window.getSelection())").startswith("leapfrog generate 'a dog, cartoon'")
@@ -206,7 +212,7 @@ def test_from_a_prompt_to_the_lossless_file(tab: Any, served: tuple[str, Path]) 
 def test_an_example_accelerated_and_its_settings_taken_up_again(tab: Any, served: tuple[str, Path]) -> None:
     tab.get_by_text("a cat, 3d render").click()
     playwright.expect(tab.locator("#prompt textarea")).to_have_value("a cat, 3d render")
-    tab.get_by_text("Accelerated", exact=True).click()
+    tab.get_by_text("Custom", exact=True).click()
     number(tab, "Compute all blocks every n-th step", 3)
     number(tab, "How many", 2)
     tab.locator("#generate").click()
@@ -221,27 +227,94 @@ def test_an_example_accelerated_and_its_settings_taken_up_again(tab: Any, served
     tab.locator("#gallery img").first.wait_for()
     tab.get_by_text("Reuse settings from a picture").click()
     tab.locator("#reuse input[type=file]").set_input_files(file)
+    playwright.expect(tab.locator("#diff")).to_contain_text("a cat, 3d render")
+    assert tab.locator("#prompt textarea").input_value() == "", "nothing is filled in before it was asked for"
+    tab.locator("#apply").click()
     playwright.expect(tab.locator("#status")).to_contain_text("Filled in from")
+    assert not tab.locator("#diff").is_visible()
     assert tab.locator("#prompt textarea").input_value() == "a cat, 3d render"
     assert tab.get_by_label("Seed", exact=True).input_value() == str(Request.from_file(file).seed)
     assert tab.get_by_label("number input for Compute all blocks every n-th step").input_value() == "3"
 
 
 def test_a_comparison_with_the_exact_picture(tab: Any, served: tuple[str, Path]) -> None:
-    assert not tab.locator("#compare").is_visible(), "there is nothing to compare while everything is exact"
     tab.locator("#prompt textarea").fill("a dog compared")
-    tab.get_by_text("Accelerated", exact=True).click()
-    tab.locator("#compare").click()
+    tab.locator("#generate").click()
+    tab.locator("#picture img").wait_for()
+    assert not tab.locator("#compare").is_visible(), "there is nothing to compare while everything is exact"
+    tab.get_by_text("Balanced", exact=True).click()
+    playwright.expect(tab.locator("#speed-note")).to_contain_text("Not measured on this model yet at 6 steps")
+    tab.get_by_role("button", name="Measure now").click()
     tab.locator(".likeness").wait_for()
     playwright.expect(tab.locator("#gallery img")).to_have_count(2)
     told = tab.locator(".likeness").inner_text()
     assert "PSNR to the exact picture" in told
     assert "SSIM" in told
-    exact, accelerated = sorted(served[1].glob("a-dog-compared-*.png"), key=lambda one: len(one.name))
-    requests = [Request.from_file(one) for one in (exact, accelerated)]
+    (exact,) = served[1].glob("a-dog-compared-*-exact.png")
+    requests = [Request.from_file(one) for one in (exact, exact.with_name(exact.name.replace("-exact", "")))]
     assert [len(one.accelerators) for one in requests] == [0, 1]
     assert requests[0].seed == requests[1].seed
-    assert tab.locator("#compare").is_enabled()
+    playwright.expect(tab.locator("#speed-note")).to_contain_text("on one picture only made on this computer")
+    tab.locator("#generate").click()
+    tab.get_by_role("button", name="Compare with exact").wait_for()
+
+
+def test_a_reload_in_the_middle_takes_the_run_up_again_and_others_never_see_it(
+    tab: Any, browser: Any, served: tuple[str, Path]
+) -> None:
+    tab.locator("#prompt textarea").fill("a long dog")
+    number(tab, "Steps", 100)
+    number(tab, "How many", 16)
+    tab.locator("#generate").click()
+    playwright.expect(tab.locator("#status")).to_contain_text("step")
+    tab.reload()
+    playwright.expect(tab.locator("#status")).to_contain_text("of 16")
+    playwright.expect(tab.locator("#stop-all")).to_be_visible()
+    other = opened(browser.new_context().new_page(), served[0])
+    assert not other.locator("#stop-all").is_visible()
+    assert other.locator("#picture img").count() == 0
+    assert "long dog" not in other.content()
+    other.context.close()
+    tab.get_by_role("tab", name="Create").click()
+    tab.locator("#stop-all").click()
+    playwright.expect(tab.locator("#status")).to_contain_text("Stopped")
+    assert 0 < len(list(served[1].glob("a-long-dog-*.png"))) < 16
+
+
+def test_a_part_of_a_picture_is_made_anew_and_the_rest_stays_bit_for_bit(
+    tab: Any, served: tuple[str, Path], tmp_path: Path
+) -> None:
+    import numpy as np
+    from PIL import Image
+
+    start = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(start).save(tmp_path / "start.png")
+    tab.get_by_text("Inpaint", exact=True).click()
+    tab.locator("#prompt textarea").fill("a dog inpainted")
+    tab.locator("#generate").click()
+    playwright.expect(tab.get_by_role("alert")).to_contain_text("a picture with a part painted over")
+    tab.locator("#editor canvas").first.wait_for()
+    tab.wait_for_timeout(3000)  # the canvas tells nobody when it is ready for a picture
+    tab.locator("#editor input[type=file]").first.set_input_files(tmp_path / "start.png")
+    tab.wait_for_timeout(3000)
+    tab.get_by_role("button", name="Brush").first.click()
+    tab.wait_for_timeout(1000)
+    box = tab.locator("#editor canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    tab.mouse.move(x - 12, y)
+    tab.mouse.down()
+    tab.mouse.move(x + 12, y, steps=5)
+    tab.mouse.up()
+    tab.wait_for_timeout(2000)
+    tab.locator("#generate").click()
+    tab.locator("#picture img").wait_for()
+    (file,) = served[1].glob("a-dog-inpainted-*.png")
+    request = Request.from_file(file)
+    mask = np.asarray(Image.open(str(request.mask)))
+    made = np.asarray(Image.open(file).convert("RGB"))
+    assert 0 < (mask > 0).mean() < 0.9
+    assert np.array_equal(made[mask == 0], start[mask == 0])
+    assert not np.array_equal(made[mask > 0], start[mask > 0])
 
 
 def test_stopping_ends_the_run_and_saves_nothing(tab: Any, served: tuple[str, Path]) -> None:
@@ -253,17 +326,24 @@ def test_stopping_ends_the_run_and_saves_nothing(tab: Any, served: tuple[str, Pa
     tab.locator("#stop").click()
     playwright.expect(tab.locator("#status")).to_contain_text("Stopped")
     playwright.expect(tab.locator("#generate")).to_be_enabled()
-    assert not list(served[1].glob("never*"))
+    made = len(list(served[1].glob("never*.png")))
+    assert made < 16
+    told = tab.locator("#status").inner_text()
+    assert (f"{made} of 16 pictures were made and saved" if made else "Nothing was decoded or saved") in told
+    tab.wait_for_timeout(500)
+    assert len(list(served[1].glob("never*.png"))) == made
 
 
 def test_every_control_has_a_name_and_an_error_is_told_in_plain_words(tab: Any) -> None:
     assert tab.get_by_role("heading", level=1).inner_text() == "Leapfrog"
     assert tab.evaluate("document.documentElement.lang") == "en"
     for name in ("Generate", "Stop", "Roll a new seed"):
-        assert tab.get_by_role("button", name=name).count() == 1
+        assert tab.get_by_role("button", name=name, exact=True).count() == 1
     assert tab.evaluate(_NAMELESS) == []
     tab.locator("#generate").click()
     playwright.expect(tab.get_by_role("alert")).to_contain_text("Prompt must be text of 1 to 2000 characters")
+    tab.locator("#prompt textarea").fill("dog " * 20)
+    playwright.expect(tab.locator("#tokens")).to_contain_text("21 / 16 tokens: too long Not read: dog dog dog dog dog")
     tab.locator("#prompt textarea").fill("a dog")
     tab.get_by_label("Seed", exact=True).fill("<b>7</b> ${1+1} {{this}}")
     tab.locator("#generate").click()
@@ -274,13 +354,13 @@ def test_every_control_has_a_name_and_an_error_is_told_in_plain_words(tab: Any) 
 def test_a_narrow_screen_needs_no_sideways_scrolling(tab: Any) -> None:
     tab.set_viewport_size({"width": 360, "height": 780})
     tab.locator("#prompt textarea").fill("a dog")
-    tab.get_by_text("Accelerated", exact=True).click()
+    tab.get_by_text("Custom", exact=True).click()
     tab.get_by_text("More settings of delta-cache").click()
     tab.locator("#generate").click()
     tab.locator("#picture img").wait_for()
     for words in (
         "Run report",
-        "Copy as command or Python",
+        "Copy as command, Python or curl",
         "Blocks in each step",
         "Memory, digests and versions",
     ):
