@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -78,6 +79,7 @@ def mount(api: Any, cards: Mapping[str, Card], output: Path, folder: str) -> Job
     from app_serve import mounted
     from app_style import CSS, SCRIPT, theme
 
+    _import_once()
     mounted(api, Page(jobs, cards).build(), theme=theme(), css=CSS, js=SCRIPT)
     jobs.start()
     return jobs
@@ -92,12 +94,18 @@ def _private(folder: str) -> None:
     }
 
 
+def _import_once() -> None:
+    """Import what jobs and events would otherwise import at the same time: where imports are circular, threads deadlock."""
+    importlib.import_module("control.lora")  # with diffusers' hooks and peft
+
+
 def _serve(cards: Mapping[str, Card], given: argparse.Namespace, options: dict[str, Any]) -> int:
     first = next(iter(cards))
     jobs = Jobs(given.output, warm=lambda: catalog.load(first), workers=given.workers)
     from app_page import Page
     from app_style import CSS, SCRIPT, theme
 
+    _import_once()
     page = Page(jobs, cards).build()
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
