@@ -20,6 +20,7 @@ from app_jobs import QueueFull
 from app_layout import Layout
 from app_page import House, sentence, served
 from app_reuse import Reuse
+from pipelines import catalog
 from pipelines.request import Request, RequestError
 
 Updates = dict[Any, Any]
@@ -39,6 +40,8 @@ class Create(Layout):
         super().__init__(house.cards)
         self.house, self.jobs = house, house.jobs
         self.uploads = given.Uploads(house.jobs.ledger.path.parent / "uploads" / "page")
+        self.uploads.sweep()
+        self.newcomer = set(self.cards) <= set(catalog.shipped()) and not self.jobs.ledger.counts()["done"]
         self.reuse = Reuse(self)
 
     def connect(self, page: gr.Blocks) -> None:
@@ -46,6 +49,7 @@ class Create(Layout):
         self._connect_runs(page)
         self._connect_form()
         self._connect_notes()
+        self._connect_first()
         self.given.connect()
         self.reuse.connect(self._model_parts())
 
@@ -98,6 +102,13 @@ class Create(Layout):
         self.house.entered.then(self._notes, asked, noted, **_QUICK)
         parts["report"].change(self._notes, asked, noted, **_QUICK)  # a finished run has taught something
 
+    def _connect_first(self) -> None:
+        """Let the cards of the first screen choose the built-in model, or lead to the tab Models."""
+        self.first_screen.connect()
+        chosen = [*self._model_parts(), self.parts["first_box"]]
+        used = self.first_screen.parts["builtin"].click(self._builtin, None, chosen, **_QUICK)
+        used.then(None, None, None, js="() => document.querySelector('#prompt textarea')?.focus()", **_PRIVATE)
+
     def request_of(self, values: Sequence[Any], owner: str, written: str | None = None) -> Request:
         """Return the request that the form stands for. Raises: RequestError."""
         told = dict(zip(self.inputs, values, strict=True))
@@ -125,9 +136,8 @@ class Create(Layout):
         parts, owner = self.parts, self.house.session(browser)
         try:
             request = self.request_of(values, owner, written)
-            ending = dict(zip(self.inputs, values, strict=True))["file_type"]
-            ending = ending if tasks.TASKS[tasks.task_of(request, self.cards[request.model])].clip else ""
-            job = self.jobs.submit(request.one(0) if comparing else request, owner=owner, comparing=comparing, ending=ending)
+            one, ending = request.one(0) if comparing else request, self._ending(request, values)
+            job = self.jobs.submit(one, owner=owner, comparing=comparing, ending=ending)
         except (RequestError, QueueFull) as error:
             return {parts["job"]: "", parts["status"]: views.trouble(sentence(error))}
         return self._begun(job) | {parts["written"]: str(request.seed), self.inputs["seed"]: str(request.seed)}
@@ -148,12 +158,17 @@ class Create(Layout):
         parts, owner = self.parts, self.house.session(browser)
         try:
             request = self.request_of(values, owner, written)
-            self.jobs.submit(request, owner=owner)
+            self.jobs.submit(request, owner=owner, ending=self._ending(request, values))
         except (RequestError, QueueFull) as error:
             return {parts["status"]: views.trouble(sentence(error))}
         what = "One picture was" if request.images == 1 else f"{request.images} pictures were"
         gr.Info(f"{what} added to the queue.")
         return {parts["written"]: str(request.seed), self.inputs["seed"]: str(request.seed)}
+
+    def _ending(self, request: Request, values: Sequence[Any]) -> str:
+        """Return the file type that was chosen for a clip; "" for a picture."""
+        clip = tasks.TASKS[tasks.task_of(request, self.cards[request.model])].clip
+        return str(dict(zip(self.inputs, values, strict=True))["file_type"]) if clip else ""
 
     def _begun(self, job: Any) -> Updates:
         parts = self.parts
@@ -262,6 +277,10 @@ class Create(Layout):
             inputs["guidance"]: values["guidance"],
             inputs["profile"]: gr.Dropdown(**form.profile_choices(model)),
         }
+
+    def _builtin(self) -> Updates:
+        name = next(one for one in self.cards if one in catalog.shipped())
+        return self._model(name) | {self.inputs["model"]: name, self.parts["first_box"]: gr.Column(visible=False)}
 
 
 def _only(others: Sequence[Any]) -> Callable[[bool], Any]:

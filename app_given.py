@@ -261,7 +261,7 @@ def _painted(editor: Any) -> dict[str, str] | None:
     """Return the files of a picture and of its mask, white where something was painted; None where either is missing.
 
     Raises:
-        RequestError: a picture that cannot be used.
+        RequestError: a picture or a mask that cannot be used: blank, or of two sizes.
     """
     if not isinstance(editor, Mapping) or not editor.get("background"):
         return None
@@ -271,17 +271,27 @@ def _painted(editor: Any) -> dict[str, str] | None:
     _checked(str(background), "image")
     with Image.open(background) as opened:
         size = opened.size
+        extrema: Any = opened.convert("RGBA").getextrema()
+        if all(low == high for low, high in extrema):
+            # the editor's own empty canvas looks like this: a picture dropped before it was ready never came in
+            raise RequestError("starting picture", "a blank canvas", "a picture; drop it once more, and wait until it is seen")
     mask = Image.new("L", size, 0)
     for layer in editor.get("layers") or ():
         _checked(str(layer), "mask")
         with Image.open(layer) as opened:
             alpha = opened.convert("RGBA").getchannel("A")
-            mask = ImageChops.lighter(mask, alpha if alpha.size == size else alpha.resize(size))
+        if alpha.size != size:
+            raise RequestError("mask", _sides(alpha.size), f"one of the picture's size, {_sides(size)}; drop the picture once more")
+        mask = ImageChops.lighter(mask, alpha.point(lambda value: 255 if value > 127 else 0))
     if mask.getextrema()[1] == 0:
         return None
     target = background.parent / f"mask-{secrets.token_hex(4)}.png"
-    mask.point(lambda value: 255 if value > 127 else 0).save(target)
+    mask.save(target)
     return {"image": str(background), "mask": str(target)}
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]} px"
 
 
 def _whole(value: Any) -> Any:

@@ -72,7 +72,7 @@ class History:
         parts = self.parts
         with gr.Row(elem_id="history-filters"):
             parts["text"] = gr.Textbox("", label="Text", placeholder="in prompts and names", max_lines=1, min_width=150)
-            parts["state"] = gr.Dropdown(list(STATES), value=[], multiselect=True, label="State", min_width=140)
+            parts["state"] = gr.Dropdown(list(STATES), value=[], multiselect=True, label="States (none: any)", min_width=140)
             parts["model"] = gr.Dropdown([(ANY, ANY)], value=ANY, label="Model", min_width=120, filterable=False)
             parts["speed"] = gr.Dropdown(
                 [ANY, EXACT, *sorted(accelerator_kinds())], value=ANY, label="Accelerator", min_width=130, filterable=False
@@ -97,6 +97,9 @@ class History:
         self.house.entered.then(self._list, search, listed, queue=False, **_PRIVATE)
         for one in (parts["text"].submit, parts["refresh"].click, *(part.input for part in search[1:])):
             one(self._list, search, listed, queue=False, **_PRIVATE)
+        opened = getattr(self.house, "opened", {}).get("History")
+        if opened is not None:
+            opened.select(self._list, search, listed, queue=False, **_PRIVATE)
         parts["table"].select(self._select, None, [parts["chosen"], *shown], **_PRIVATE)
         parts["chosen"].input(self._show, parts["chosen"], shown, **_PRIVATE)
         for name in ("first", "earlier", "later", "cancel", "retry"):

@@ -54,10 +54,11 @@ class TaskInputs:
         inputs["last_image"] = gr.Image(
             label="Last picture", visible="last_image" in shown, elem_id="last-picture", **picture
         )
+        radius = max(1, (card.width or 800) // 25)  # gradio would take a part of its canvas, which is larger than our pictures
         inputs["editor"] = gr.ImageEditor(
             label="Picture: paint over what is made anew", type="filepath", image_mode="RGBA", format="png",
             sources=["upload", "clipboard"], transforms=[], layers=False, visible="editor" in shown, elem_id="editor",
-            brush=gr.Brush(default_size="auto", colors=["#ff3b7f"], default_color="#ff3b7f", color_mode="fixed"), height=420,
+            brush=gr.Brush(default_size=radius, colors=["#ff3b7f"], default_color="#ff3b7f", color_mode="fixed"), height=420,
             buttons=[], elem_classes="drop",
         )  # fmt: skip
         inputs["strength"] = form.control(fields["strength"], visible="strength" in shown)

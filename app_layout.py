@@ -9,6 +9,7 @@ import app_form as form
 import app_speed as speed
 import app_views as views
 from app_inputs import TaskInputs
+from app_models import FirstScreen
 from pipelines.catalog import Card
 from pipelines.form import Field
 from pipelines.request import PROMPT_LENGTH, Request
@@ -34,6 +35,7 @@ class Layout:
         self.inputs: dict[str, Any] = {}
         self.parts: dict[str, Any] = {}
         self.given = TaskInputs(self.cards, self.inputs, self.parts)
+        self.first_screen, self.newcomer = FirstScreen(self.cards), False
 
     def draw(self) -> None:
         """Make all components, inside `gr.Blocks`."""
@@ -229,3 +231,5 @@ class Layout:
                 parts["again"] = gr.Button("Reuse settings", size="sm", elem_id="again")
                 parts["onward"] = gr.Button("Start from this picture", size="sm", elem_id="onward", visible=False)
             parts["report"] = gr.HTML("", elem_id="report")
+        with gr.Column(visible=self.newcomer) as parts["first_box"]:
+            self.first_screen.draw()

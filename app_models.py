@@ -370,7 +370,7 @@ class FirstScreen:
         knows = own.summary if own is not None else "None is shipped here."
         with gr.Row(elem_id="first-screen"):
             for name, head, words, button in (
-                ("builtin", "Try the built-in model", f"On a processor, in a few seconds, no download. {knows}", "Use it"),
+                ("builtin", "Try the built-in model", f"Already here, and quick on a processor. {knows}", "Use it"),
                 ("open", "Open a model on this computer", "A folder in the layout of diffusers, safetensors only.", "Open"),
                 ("download", "Download a model", "Licence, size and free disk are shown first.", "Choose"),
             ):

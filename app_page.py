@@ -46,6 +46,8 @@ class House:
         """The event at which a browser has said who it is; a tab's first look hangs on it: `house.entered.then(...)`."""
         self.tabs: Mapping[str, Any] = {}
         """The tabs by name, once all are there: one sends settings or a model to another."""
+        self.opened: dict[str, gr.Tab] = {}
+        """What is clicked to see a tab, by its name: `select` is when somebody does."""
         self._owners: OrderedDict[str, str] = OrderedDict()
         self._came = threading.Condition()
 
@@ -103,7 +105,7 @@ class Page:
             header.draw()
             with gr.Tabs(elem_id="tabs"):
                 for key, tab in self.tabs.items():
-                    with gr.Tab(tab.label, id=key.lower(), elem_id=f"tab-{key.lower()}"):
+                    with gr.Tab(tab.label, id=key.lower(), elem_id=f"tab-{key.lower()}") as house.opened[key]:
                         tab.draw()
             gr.HTML('<p class="quiet">Everything happens on the computer that runs this page; nothing is sent elsewhere.</p>')
             house.entered = page.load(house.enter, name, name, api_visibility="private", show_progress="hidden")

@@ -13,7 +13,7 @@ from app_jobs import Job
 from app_page import served
 from pipelines.catalog import Card
 
-PARTS = ("empty", "example_box", "picture", "gallery", "player", "after", "compare", "onward", "report")
+PARTS = ("empty", "first_box", "example_box", "picture", "gallery", "player", "after", "compare", "onward", "report")
 SMALL = 192
 """Pictures up to this width, in px, are shown enlarged."""
 
@@ -33,6 +33,7 @@ def updates(job: Job, parts: Mapping[str, Any], card: Card | None) -> dict[Any, 
         captions = [f"{words}: {kind}" for kind in ("exact", "accelerated")]
     return {
         parts["empty"]: gr.HTML(visible=False),
+        parts["first_box"]: gr.Column(visible=False),
         parts["example_box"]: gr.Column(visible=False),
         parts["picture"]: gr.Image(
             None if several or film else files[0], visible=not several and not film, alt_text=words, elem_classes=small

@@ -109,10 +109,13 @@ CSS = """
 .dark .chip { background: var(--neutral-900); border-color: var(--neutral-800); color: var(--neutral-300); }
 .dark .chip b { color: var(--neutral-50); } .dark .chip .name { color: var(--neutral-400); }
 #chips .trouble { margin-top: 8px; }
-#tabs > .tabitem { border: 0; padding: 16px 0 0; background: transparent; } #tabs > .tab-wrapper { border: 0; }
+.gradio-container { overflow-x: clip !important; overflow-y: visible !important; } /* hidden would undo what is sticky */
+.row:has(> .form:only-child):not(:has(> .form > *)) { display: none; }
+#tabs > .tab-wrapper { margin-bottom: 0; }
+#tabs > .tabitem { border: 0; padding: 20px 0 0; background: transparent; } #tabs > .tab-wrapper { border: 0; }
 #tabs > .tab-wrapper button { font-size: 15px; }
 
-#columns { gap: 40px; align-items: flex-start; margin-top: 8px; }
+#columns { gap: 40px; align-items: flex-start; }
 #form-side { gap: 30px; }
 #asking, #settings, #result-side { gap: 20px; }
 #result-side { position: sticky; top: 20px; }
@@ -175,7 +178,6 @@ CSS = """
 .drop { border: 1px dashed var(--neutral-400) !important; border-radius: 12px !important; overflow: hidden !important; }
 .dark .drop { border-color: var(--neutral-600) !important; }
 .drop .wrap { font-size: 13.5px; }
-#asking .row:not(:has(> *:not(.hidden):not(.hide))) { display: none; }
 #after { gap: 8px; flex-wrap: wrap; } #after button { flex: 0 1 auto; min-width: 0; }
 #player video { display: block; max-width: 100%; margin: 0 auto; border-radius: 10px; min-width: min(100%, 320px); }
 #diff { gap: 12px; border: 1px solid var(--neutral-300); border-radius: 14px; padding: 14px; }
@@ -191,6 +193,12 @@ CSS = """
 .welcome h2 { font-size: 19px; font-weight: 620; color: var(--neutral-800); margin: 12px 0 4px; }
 .welcome p { margin: 0 auto; max-width: 36em; font-size: 14.5px; line-height: 1.5; }
 .dark .welcome { color: var(--neutral-400); } .dark .welcome h2 { color: var(--neutral-100); }
+#first-screen { flex-direction: column; gap: 10px; }
+#first-screen > .stage { flex-direction: row; flex-wrap: nowrap; align-items: center; gap: 16px;
+  padding: 14px 18px; border-radius: 14px; width: 100%; min-width: 0 !important; }
+#first-screen > .stage > .block { flex: 1 1 0; min-width: 0 !important; }
+#first-screen > .stage > button { flex: 0 0 auto; width: auto; min-width: 84px; }
+#first-screen h3 { font-size: 14.5px; font-weight: 600; margin: 0 0 2px; }
 #examples .gallery { display: flex; flex-wrap: wrap; justify-content: center; gap: 8px; }
 #examples .gallery-item { border-radius: 999px; border: 1px solid var(--neutral-300); background: transparent; max-width: 100%; }
 #examples .gallery-item:hover { border-color: var(--primary-600); background: var(--primary-50); }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from app_views import safe
 
 CSS = """
-.unseen { display: none; } .report table.wide { min-width: 470px; }
+.unseen { display: none; } .report table.listed td { overflow-wrap: break-word !important; }
+.report table.wide { min-width: 470px; }
 .drop { border: 1px dashed var(--neutral-400) !important; border-radius: 14px !important;
   background: var(--input-background-fill); }
 .drop > label, .drop > .block-label { border: 0 !important; background: transparent; }
@@ -38,12 +40,17 @@ def style() -> str:
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table that scrolls sideways inside itself; nothing where there are no rows."""
-    body = "".join(f"<tr>{''.join(f'<td>{safe(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{_soft(safe(cell))}</td>' for cell in row)}</tr>" for row in rows)
     top = "".join(f"<th scope='col'>{safe(word)}</th>" for word in heads)
     if not body:
         return ""
-    wide = ' class="wide"' if len(heads) > 3 else ""
-    return f'<div class="scroll"><table{wide}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = "listed wide" if len(heads) > 3 else "listed"
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _soft(text: str) -> str:
+    """Let long names of classes and parts break where a reader would break them."""
+    return re.sub(r"(?<=[a-z])([._])(?=[A-Za-z])", r"\1<wbr>", text)
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:

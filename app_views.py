@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PHASES = {
     "wait": "Waiting",
+    "memory": "Making room in memory",
     "load": "Loading the model",
     "encode": "Reading the prompt",
     "denoise": "Denoising",

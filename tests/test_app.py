@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import pytest
 import app
 import app_copies as copies
 import app_form as form
+import app_given as given_inputs
 import app_serve as serve
 import app_speed as speed
 import app_views as views
@@ -298,6 +300,47 @@ def methods() -> Any:
 def controls(methods: Any, **changes: Any) -> dict[str, Any]:
     start = form.values_of(Request(model="toy", prompt="a dog, cartoon", seed=5), CARD, methods)
     return start | changes
+
+
+def painted(folder: Path, picture: Any, strokes: Any) -> dict[str, Any]:
+    """Save what the mask editor sends: a picture, and one layer that is opaque where something was painted."""
+    from PIL import Image
+
+    layer = Image.new("RGBA", strokes.size, (255, 59, 127, 0))
+    layer.putalpha(strokes)
+    folder.mkdir(exist_ok=True)
+    for name, one in (("background", picture), ("layer", layer)):
+        one.save(folder / f"{name}.png")
+    return {"background": str(folder / "background.png"), "layers": [str(folder / "layer.png")], "composite": None}
+
+
+def test_a_painted_part_becomes_a_mask_of_the_pictures_own_pixels(methods: Any, tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    card = dataclasses.replace(CARD, pipeline="TextToImagePipeline")
+    keep = given_inputs.Uploads(tmp_path / "kept").of("ann")
+
+    def fields(editor: Any) -> dict[str, Any]:
+        return given_inputs.fields_of(controls(methods, task="inpaint", editor=editor), card, keep)
+
+    start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    strokes = np.zeros((48, 64), np.uint8)
+    strokes[10:20, 30:40], strokes[20:22, 30:40], strokes[40, 3] = 255, 128, 127
+    found = fields(painted(tmp_path, start, Image.fromarray(strokes)))
+    assert np.array_equal(np.asarray(Image.open(found["image"])), np.asarray(start))
+    assert np.array_equal(np.asarray(Image.open(found["mask"])), np.where(strokes > 127, 255, 0))
+    assert all(Path(found[name]).is_relative_to(tmp_path / "kept") for name in ("image", "mask"))
+
+    full, none = Image.new("L", (800, 800), 255), Image.new("L", (64, 48), 0)
+    for editor, words in (
+        (painted(tmp_path / "blank", Image.new("RGB", (800, 800), "white"), full), "drop it once more.*got 'a blank canvas'"),
+        (painted(tmp_path / "sizes", start, full), "the picture's size, 64 x 48 px.*got '800 x 800 px'"),
+        (painted(tmp_path / "unpainted", start, none), "a part painted over"),
+        (None, "a part painted over"),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=words):
+            fields(editor)
 
 
 def test_the_defaults_of_the_form_are_an_exact_legal_request(methods: Any) -> None:
@@ -647,6 +690,43 @@ def test_submitting_writes_the_seed_back_and_watching_ends_with_the_original_byt
     assert served != job.paths[0]
     assert page._again(ME, job.name)[page.parts["job"]] == job.name
     assert page._again(YOU, job.name)[page.parts["job"]] == "", "a name alone opens nothing"
+
+
+def test_what_is_added_to_the_queue_has_the_file_type_that_was_chosen(jobs: Jobs, fake: Fake, page_of: Any) -> None:
+    page, _ = page_of(jobs)
+    card = Card(name="toy", task="text-to-video", pipeline="TextToVideoPipeline", width=64, height=64)
+    page.cards["toy"] = card
+    given = form.values_of(Request(model="toy", prompt="a dog", seed=5), card, page.methods)
+    for ending, wanted in ((".mp4", ".mp4"), (".gif", ".gif"), (".png", "")):
+        values = given | {"file_type": ending}
+        page._add(ME, "", *(values[name] for name in page.inputs))
+        row = jobs.ledger.jobs(limit=1)[0]
+        assert Path(row.item.output).suffix == wanted
+    assert page._ending(Request(model="other", class_label=1), [given[name] for name in page.inputs]) == ""
+
+
+def test_the_first_screen_is_for_who_has_the_built_in_model_alone(jobs: Jobs, page_of: Any) -> None:
+    from app_page import Page
+    from pipelines import catalog
+
+    assert not page_of(jobs)[0].parts["first_box"].visible, "a model was chosen"
+    page = Page(jobs, catalog.shipped(), tabs=[("app_create", "Create")])
+    page.build()
+    create = page.tabs["Create"]
+    assert create.parts["first_box"].visible
+    updates = create._builtin()
+    assert updates[create.inputs["model"]] in catalog.shipped()
+    assert not updates[create.parts["first_box"]].visible
+
+
+def test_what_nobody_has_used_for_a_month_goes_when_the_page_starts(jobs: Jobs, page_of: Any) -> None:
+    folder = page_of(jobs)[0].uploads.folder / "somebody" / "digest"
+    folder.mkdir(parents=True)
+    for name, age in (("old.png", given_inputs.KEPT + 60), ("new.png", 60)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    page_of(jobs)
+    assert [one.name for one in folder.iterdir()] == ["new.png"]
 
 
 def test_a_bad_request_is_told_and_nothing_is_queued(jobs: Jobs, fake: Fake, page_of: Any) -> None:
