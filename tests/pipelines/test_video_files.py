@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,30 @@ def result(frames: list[Image.Image], fps: float = 12.0) -> Result:
 def rms(a: list[Image.Image], b: list[Image.Image]) -> float:
     gap = [np.asarray(x, float) - np.asarray(y, float) for x, y in zip(a, b, strict=True)]
     return float(np.sqrt(np.mean(np.square(gap))))
+
+
+def test_an_mp4_does_not_depend_on_what_lay_in_memory() -> None:
+    code = """
+import hashlib, numpy as np
+from PIL import Image
+from pipelines.video_files import encode
+y, x = np.mgrid[0:40, 0:72]
+rng = np.random.default_rng(0)
+frames = [128 + 40 * np.sin(x / 5 + k)[..., None] * [1, 0.5, -1] + rng.normal(0, 25, (40, 72, 3)) for k in range(20)]
+frames = [Image.fromarray(one.clip(0, 255).astype("uint8")) for one in frames]
+print(hashlib.sha256(encode(frames, ".mp4", 16.0, "{}")).hexdigest())
+"""
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"MALLOC_PERTURB_": byte},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for byte in ("0", "1", "16", "85")
+    }
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("ending", FORMATS)
