@@ -22,15 +22,11 @@ from pipelines.request import RequestError
 
 
 def cards_for(model: str | None) -> dict[str, Card]:
-    """Return the cards of the models to choose from, the one asked for first. Raises: RequestError if there is none."""
+    """Return the cards of the models to choose from, the one asked for first; maybe none. Raises: RequestError."""
     cards = catalog.shipped() | Library().cards()
     if model is not None and model not in cards:
         source = catalog.find(model)
         cards = {model: Card(name=model) if source.folder is None else catalog.prepare(source)[1]} | cards
-    if not cards:
-        raise RequestError(
-            "model", None, "given: none is shipped here; start with --model FOLDER, or a hub id"
-        )
     return {model: cards.pop(model)} | cards if model else cards
 
 
@@ -100,8 +96,10 @@ def _import_once() -> None:
 
 
 def _serve(cards: Mapping[str, Card], given: argparse.Namespace, options: dict[str, Any]) -> int:
-    first = next(iter(cards))
-    jobs = Jobs(given.output, warm=lambda: catalog.load(first), workers=given.workers)
+    first = next(iter(cards), None)  # without a model the page helps to get one
+    jobs = Jobs(
+        given.output, warm=None if first is None else lambda: catalog.load(first), workers=given.workers
+    )
     from app_page import Page
     from app_style import CSS, SCRIPT, theme
 

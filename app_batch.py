@@ -31,7 +31,20 @@ PICTURES = 12
 """Latest pictures that are shown."""
 NEW = "a new batch"
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
-_ENDINGS = [".jsonl", ".ndjson", ".csv", ".parquet", ".png", ".jpg", ".jpeg", ".webp", ".mp4", ".gif", ".txt", ".safetensors"]
+_ENDINGS = [
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".parquet",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".mp4",
+    ".gif",
+    ".txt",
+    ".safetensors",
+]
 _WORDS = {
     "new": "Not begun", "starting": "Starting", "running": "Running", "paused": "Paused", "finished": "Finished",
     "broken": "It could not be begun",
@@ -70,10 +83,19 @@ class Batch:
                         [(NEW, "")], value="", label="Goes into", min_width=150, filterable=False
                     )
                     parts["workers"] = gr.Slider(
-                        1, WORKERS, 1, step=1, precision=0, label="Worker processes", min_width=150, buttons=[]
+                        1,
+                        WORKERS,
+                        1,
+                        step=1,
+                        precision=0,
+                        label="Worker processes",
+                        min_width=150,
+                        buttons=[],
                     )
                 parts["plan"] = gr.HTML("", elem_id="batch-plan")
-                parts["start"] = gr.Button("Start", variant="primary", size="lg", interactive=False, elem_id="batch-start")
+                parts["start"] = gr.Button(
+                    "Start", variant="primary", size="lg", interactive=False, elem_id="batch-start"
+                )
                 with gr.Accordion("What a manifest looks like", open=False, elem_classes="folded"):
                     gr.Markdown(_HELP, elem_classes="note")
             with gr.Column(scale=6, min_width=300):
@@ -114,9 +136,16 @@ class Batch:
         parts["timer"].tick(self._look, seen, look, queue=False, **_PRIVATE)
         self.house.entered.then(self._first, None, look, queue=False, **_PRIVATE)
         given = [parts["batch"], parts["workers"], parts["shown"]]
-        for name, does in (("pause", self._pause), ("resume", self._resume), ("cancel", self._cancel), ("retry", self._retry)):
+        for name, does in (
+            ("pause", self._pause),
+            ("resume", self._resume),
+            ("cancel", self._cancel),
+            ("retry", self._retry),
+        ):
             parts[name].click(does, given, look, **_PRIVATE)
-        parts["export"].click(self._export, parts["batch"], [parts["exported"], parts["standing"]], **_PRIVATE)
+        parts["export"].click(
+            self._export, parts["batch"], [parts["exported"], parts["standing"]], **_PRIVATE
+        )
 
     def _check(self, request: gr.Request, files: Sequence[str] | None, into: str | None) -> Any:
         owner = self.house.session(request)
@@ -125,7 +154,7 @@ class Batch:
         name = ""
         try:
             name, manifest = self.batches.receive(owner, [Path(file) for file in files], into or "")
-            plan = self.batches.plan(name, owner, manifest, list(self.house.cards))
+            plan = self.batches.plan(name, owner, manifest, self.house.models)
         except ManifestError as error:
             return None, problems_view(error), gr.Button(interactive=False)
         except (RequestError, OSError, LedgerError) as error:
@@ -176,7 +205,10 @@ class Batch:
             parts["buttons"]: gr.Row(visible=bool(name)),
         }
         if not name:
-            return update | {parts["standing"]: standing_view(None, said), parts["timer"]: gr.Timer(active=False)}
+            return update | {
+                parts["standing"]: standing_view(None, said),
+                parts["timer"]: gr.Timer(active=False),
+            }
         try:
             now = self.batches.look(name, owner)
             update |= self._pictures(owner, now, shown)
@@ -199,7 +231,11 @@ class Batch:
         if shown[0] != now.name:
             update |= {parts["exported"]: gr.File(visible=False)}
         jobs = self.batches.latest(now.name, owner, PICTURES) if state[1] else []
-        files = [(served(Path(job.files[0])), job.item.id) for job in jobs if job.files and Path(job.files[0]).is_file()]
+        files = [
+            (served(Path(job.files[0])), job.item.id)
+            for job in jobs
+            if job.files and Path(job.files[0]).is_file()
+        ]
         return update | {parts["gallery"]: gr.Gallery(files or None, visible=bool(files))}
 
     def _pause(self, request: gr.Request, name: str | None, workers: float, shown: tuple[str, int]) -> Any:
@@ -294,9 +330,16 @@ def standing_view(now: Standing | None, said: str = "") -> str:
     counts = now.counts
     failed = counts.get("failed", 0) + counts.get("poisoned", 0)
     done, items = counts.get("done", 0), max(1, now.items)
-    told = [("done", done), ("running", counts.get("running", 0)), ("waiting", counts.get("waiting", 0)), ("failed", failed)]
+    told = [
+        ("done", done),
+        ("running", counts.get("running", 0)),
+        ("waiting", counts.get("waiting", 0)),
+        ("failed", failed),
+    ]
     told += [("cancelled", counts["cancelled"])] if counts.get("cancelled") else []
-    shown = "".join(f'<span class="chip"><b>{count}</b> <span class="name">{name}</span></span>' for name, count in told)
+    shown = "".join(
+        f'<span class="chip"><b>{count}</b> <span class="name">{name}</span></span>' for name, count in told
+    )
     pace = f"{now.pace * 60:.1f} a minute" if now.pace else ""
     left = f"about {span(now.left)} left" if now.left else ""
     clock = " · ".join(one for one in (pace, left) if one)

@@ -93,6 +93,10 @@ def _metrics(found: Likeness, floor: float | None, measured: Mapping[str, Any] |
     noise = ((measured or {}).get("floor") or [{}])[0]
     difference = found.difference
     like = noise.get("ssim")
+    if (
+        like is None and floor is not None and math.isinf(floor)
+    ):  # it repeats bit for bit, and so by every measure
+        like, noise = 1.0, {"largest": 0}
     rows = [
         ("PSNR", _decibels(difference.psnr), "not measured" if floor is None else _decibels(floor)),
         ("SSIM", f"{difference.ssim:.4f}", "not measured" if like is None else f"{like:.4f}"),

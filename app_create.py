@@ -20,6 +20,7 @@ from app_jobs import QueueFull
 from app_layout import Layout
 from app_page import House, sentence, served
 from app_reuse import Reuse
+from app_settings import folder_of, models_update
 from pipelines import catalog
 from pipelines.request import Request, RequestError
 
@@ -41,7 +42,9 @@ class Create(Layout):
         self.house, self.jobs = house, house.jobs
         self.uploads = given.Uploads(house.jobs.ledger.path.parent / "uploads" / "page")
         self.uploads.sweep()
-        self.newcomer = set(self.cards) <= set(catalog.shipped()) and not self.jobs.ledger.counts()["done"]
+        self.output = house.folder.name
+        fresh = set(house.models) <= set(catalog.shipped()) and not self.jobs.ledger.counts()["done"]
+        self.newcomer = fresh or not house.models
         self.reuse = Reuse(self)
 
     def connect(self, page: gr.Blocks) -> None:
@@ -56,18 +59,24 @@ class Create(Layout):
     def _connect_runs(self, page: gr.Blocks) -> None:
         inputs, parts = self.inputs, self.parts
         every = [parts["written"], *inputs.values()]
-        asked = [parts[name] for name in ("job", "remembered", "status", "generate", "stop", "written")] + [inputs["seed"]]
-        seen = [parts[name] for name in (*shown.PARTS, "status", "generate", "stop")]
+        asked = [parts[name] for name in ("job", "remembered", "status", "generate", "stop", "written")] + [
+            inputs["seed"]
+        ]
+        seen = [parts[name] for name in (*shown.PARTS, "status", "preview", "generate", "stop")]
         for name, event in (("generate", self._submit), ("measure", self._measure)):
             started = parts[name].click(event, every, asked, **_PRIVATE)
             started.then(self._watch, parts["job"], seen, **_PRIVATE)
         compared = parts["compare"].click(self._compare, parts["job"], asked, **_PRIVATE)
         compared.then(self._watch, parts["job"], seen, **_PRIVATE)
-        parts["queue"].click(self._add, every, [parts["status"], parts["written"], inputs["seed"]], **_PRIVATE)
+        parts["queue"].click(
+            self._add, every, [parts["status"], parts["written"], inputs["seed"]], **_PRIVATE
+        )
         parts["stop"].click(self._stop, parts["job"], None, **_QUICK)
         again = self.house.entered.then(self._again, parts["remembered"], asked, **_PRIVATE)
         again.then(self._watch, parts["job"], seen, **_PRIVATE)
-        parts["onward"].click(self._onward, [parts["job"], inputs["model"]], [inputs["image"], inputs["task"]], **_PRIVATE)
+        parts["onward"].click(
+            self._onward, [parts["job"], inputs["model"]], [inputs["image"], inputs["task"]], **_PRIVATE
+        )
 
     def _connect_form(self) -> None:
         inputs, parts = self.inputs, self.parts
@@ -76,10 +85,15 @@ class Create(Layout):
         parts["examples"].click(self._example, [parts["examples"], inputs["model"]], restyle[:2], **_QUICK)
         parts["concepts"].input(self._concept, [parts["concepts"], *restyle[1:]], inputs["prompt"], **_QUICK)
         seeds = [inputs["seed"], inputs["new_seed"]]
-        parts["die"].click(lambda: (str(secrets.randbelow(form.LARGEST_RANDOM_SEED)), False), None, seeds, **_QUICK)
+        parts["die"].click(
+            lambda: (str(secrets.randbelow(form.LARGEST_RANDOM_SEED)), False), None, seeds, **_QUICK
+        )
         inputs["seed"].input(lambda: False, None, inputs["new_seed"], **_QUICK)
         inputs["profile"].change(
-            _profile_shown, [inputs["model"], inputs["profile"]], [parts["by_hand"], parts["profile_note"]], **_QUICK
+            _profile_shown,
+            [inputs["model"], inputs["profile"]],
+            [parts["by_hand"], parts["profile_note"]],
+            **_QUICK,
         )
         for name in self.methods:
             chosen = [inputs[other] for other in self.methods if self.rivals(name, other)]
@@ -92,8 +106,9 @@ class Create(Layout):
         """Keep the lines about tokens, speed and time true while the form changes."""
         inputs, parts = self.inputs, self.parts
         inputs["prompt"].change(
-            self._tokens, [inputs["prompt"], inputs["model"]], parts["tokens"], trigger_mode="always_last", **_QUICK
-        )
+            self._prompted, [inputs["prompt"], inputs["model"], inputs["style"]], [parts["tokens"], inputs["style"]],
+            trigger_mode="always_last", **_QUICK,
+        )  # fmt: skip
         noted = [parts[name] for name in ("methods", "speed_note", "measure", "estimate")]
         names = ("model", "size", "steps", "images", "speed", "frames", "profile", "scheduler", "guidance")
         asked = [inputs[name] for name in names]
@@ -103,20 +118,26 @@ class Create(Layout):
         parts["report"].change(self._notes, asked, noted, **_QUICK)  # a finished run has taught something
 
     def _connect_first(self) -> None:
+        self.house.entered.then(self.renewed, self.inputs["model"], self.renewing(), **_QUICK)
+        self._connect_cards()
+
+    def _connect_cards(self) -> None:
         """Let the cards of the first screen choose the built-in model, or lead to the tab Models."""
         self.first_screen.connect()
         chosen = [*self._model_parts(), self.parts["first_box"]]
         used = self.first_screen.parts["builtin"].click(self._builtin, None, chosen, **_QUICK)
-        used.then(None, None, None, js="() => document.querySelector('#prompt textarea')?.focus()", **_PRIVATE)
+        used.then(
+            None, None, None, js="() => document.querySelector('#prompt textarea')?.focus()", **_PRIVATE
+        )
 
     def request_of(self, values: Sequence[Any], owner: str, written: str | None = None) -> Request:
         """Return the request that the form stands for. Raises: RequestError."""
         told = dict(zip(self.inputs, values, strict=True))
-        if told["model"] not in self.cards:
-            raise RequestError("model", told["model"], f"one of {', '.join(self.cards)}")
-        card = self.cards[told["model"]]
+        card = self.house.card(told["model"])
         more = given.fields_of(told, card, self.uploads.of(owner))
-        request = form.request_of(told, self.methods, takes_class=card.takes_class, written=written, more=more)
+        request = form.request_of(
+            told, self.methods, takes_class=card.takes_class, written=written, more=more
+        )
         if told["speed"] in speed.PLAIN:
             request = request.replace(**speed.choose(told["speed"], request, card).fields())
         return request
@@ -132,15 +153,22 @@ class Create(Layout):
             told["prompt"] = next((row[0] for row in form.examples_of(card)), "a picture")
         return self._asked(browser, written, tuple(told.values()), comparing=True)
 
-    def _asked(self, browser: gr.Request, written: str | None, values: Sequence[Any], *, comparing: bool = False) -> Updates:
+    def _asked(
+        self, browser: gr.Request, written: str | None, values: Sequence[Any], *, comparing: bool = False
+    ) -> Updates:
         parts, owner = self.parts, self.house.session(browser)
         try:
             request = self.request_of(values, owner, written)
             one, ending = request.one(0) if comparing else request, self._ending(request, values)
-            job = self.jobs.submit(one, owner=owner, comparing=comparing, ending=ending)
+            job = self.jobs.submit(
+                one, owner=owner, comparing=comparing, ending=ending, **self._saving(values)
+            )
         except (RequestError, QueueFull) as error:
             return {parts["job"]: "", parts["status"]: views.trouble(sentence(error))}
-        return self._begun(job) | {parts["written"]: str(request.seed), self.inputs["seed"]: str(request.seed)}
+        return self._begun(job) | {
+            parts["written"]: str(request.seed),
+            self.inputs["seed"]: str(request.seed),
+        }
 
     def _compare(self, browser: gr.Request, name: str) -> Updates:
         """Make the shown picture exactly too, with the same seed, and measure both."""
@@ -158,7 +186,9 @@ class Create(Layout):
         parts, owner = self.parts, self.house.session(browser)
         try:
             request = self.request_of(values, owner, written)
-            self.jobs.submit(request, owner=owner, ending=self._ending(request, values))
+            self.jobs.submit(
+                request, owner=owner, ending=self._ending(request, values), **self._saving(values)
+            )
         except (RequestError, QueueFull) as error:
             return {parts["status"]: views.trouble(sentence(error))}
         what = "One picture was" if request.images == 1 else f"{request.images} pictures were"
@@ -169,6 +199,14 @@ class Create(Layout):
         """Return the file type that was chosen for a clip; "" for a picture."""
         clip = tasks.TASKS[tasks.task_of(request, self.cards[request.model])].clip
         return str(dict(zip(self.inputs, values, strict=True))["file_type"]) if clip else ""
+
+    def _saving(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Return the folder that was chosen, and whether the picture is to be seen while it is made. Raises: RequestError."""
+        told = dict(zip(self.inputs, values, strict=True))
+        return {
+            "folder": folder_of(self.jobs.folder, told["folder"]),
+            "tags": {"preview": bool(told["preview"])},
+        }
 
     def _begun(self, job: Any) -> Updates:
         parts = self.parts
@@ -182,20 +220,21 @@ class Create(Layout):
 
     async def _watch(self, browser: gr.Request, name: str) -> AsyncIterator[Updates]:
         """Look at a job until it is over; closing the tab ends the looking, not the job."""
-        parts, last = self.parts, ""
+        parts, last, painted = self.parts, "", ""
         job = await asyncio.to_thread(self.jobs.get, name, self.house.session(browser))
         if job is None:
             yield {parts["stop"]: gr.Button(interactive=False)}
             return
         while not job.over:
             line = views.progress(job, await asyncio.to_thread(self.jobs.ahead, job))
-            if line != last:
-                yield {parts["status"]: line}
-            last = line
+            picture = views.preview(job)
+            if (line, picture) != (last, painted):
+                yield {parts["status"]: line} | ({parts["preview"]: picture} if picture != painted else {})
+            last, painted = line, picture
             await asyncio.sleep(WATCHED)
             await asyncio.to_thread(self.jobs.refresh, job)
         found = shown.updates(job, parts, self.cards.get(job.request.model)) if job.state == "done" else {}
-        yield {parts["status"]: views.ended(job)} | self._allowed(idle=True) | found
+        yield {parts["status"]: views.ended(job), parts["preview"]: ""} | self._allowed(idle=True) | found
 
     def _stop(self, browser: gr.Request, name: str) -> None:
         self.jobs.cancel(name, self.house.session(browser))
@@ -215,13 +254,18 @@ class Create(Layout):
             return {self.inputs["task"]: gr.skip()}
         return {self.inputs["image"]: served(job.paths[-1]), self.inputs["task"]: task}
 
-    def _tokens(self, prompt: str, model: str) -> str:
-        return tokens.line(prompt, self.cards[model])
+    def _prompted(self, prompt: str, model: str, style: str) -> tuple[str, Any]:
+        """Count a prompt, and let the choice of a style follow what is written."""
+        card = self.cards.get(model, self.first)
+        found = form.style_in(prompt or "", form.styles_of(card))
+        return tokens.line(prompt, card), gr.skip() if found == style else found
 
     def _notes(self, *values: Any) -> Updates:
         """Return what is shown for a speed, the sentence about it, and how long a run will take."""
         parts = self.parts
         model, size, steps, images, chosen, frames, name, scheduler, guidance = values
+        if model not in self.house.models:
+            return {parts["estimate"]: "", parts["measure"]: gr.Button(visible=False)}
         card = self.cards[model]
         width, _, height = str(size or "").partition("x")
         try:
@@ -278,9 +322,29 @@ class Create(Layout):
             inputs["profile"]: gr.Dropdown(**form.profile_choices(model)),
         }
 
+    def renewed(self, model: str | None) -> Updates:
+        """Offer the models that are here now; one that is gone gives way to the first, with its form."""
+        if model in self.house.models or not self.house.models:
+            return {self.inputs["model"]: models_update(self.cards)}
+        first = self.house.models[0]
+        shown = {
+            self.inputs["model"]: models_update(self.cards, first),
+            self.parts["first_box"]: gr.Column(visible=False),
+        }
+        return self._model(first) | shown | {self.parts["empty"]: views.empty()}
+
+    def renewing(self) -> list[Any]:
+        """Return the components that `renewed` changes."""
+        return [*self._model_parts(), self.parts["first_box"], self.parts["empty"]]
+
     def _builtin(self) -> Updates:
-        name = next(one for one in self.cards if one in catalog.shipped())
-        return self._model(name) | {self.inputs["model"]: name, self.parts["first_box"]: gr.Column(visible=False)}
+        name = next((one for one in self.cards if one in catalog.shipped()), None)
+        if name is None:
+            return {self.parts["first_box"]: gr.Column(visible=True)}
+        return self._model(name) | {
+            self.inputs["model"]: name,
+            self.parts["first_box"]: gr.Column(visible=False),
+        }
 
 
 def _only(others: Sequence[Any]) -> Callable[[bool], Any]:

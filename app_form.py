@@ -160,15 +160,16 @@ def request_of(
         model=values["model"],
         prompt="" if takes_class else values["prompt"] or "",
         negative_prompt="" if takes_class else values["negative_prompt"] or "",
-        class_label=_whole(values["class_label"]) if takes_class else None,
+        class_label=given_inputs.whole(values["class_label"]) if takes_class else None,
         width=int(width) if width else None,
         height=int(height) if height else None,
-        steps=_whole(values["steps"]),
+        steps=given_inputs.whole(values["steps"]),
         guidance=values["guidance"],
         seed=secrets.randbelow(LARGEST_RANDOM_SEED) if new else read(Request, "seed", seed),
-        images=_whole(values["images"]),
+        images=given_inputs.whole(values["images"]),
         scheduler=values["scheduler"],
         tiling=bool(values["tiling"]),
+        metadata=values["metadata"],
         **_speed(values, given),
         **(more or {}),
     )
@@ -205,12 +206,7 @@ def _setting(kind: Any, one: Field, value: Any) -> Any:
         return None
     if isinstance(value, str) and one.kind in ("integer", "number"):
         return read(kind, one.name, value.strip())
-    return _whole(value) if one.kind == "integer" else value
-
-
-def _whole(value: Any) -> Any:
-    """Return a number that a browser sent as 28.0 as 28; everything else unchanged, to be refused in words."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return given_inputs.whole(value) if one.kind == "integer" else value
 
 
 def values_of(request: Request, card: Card, given: Mapping[str, Sequence[Field]]) -> dict[str, Any]:
@@ -232,6 +228,9 @@ def values_of(request: Request, card: Card, given: Mapping[str, Sequence[Field]]
         "speed": CUSTOM if request.accelerators or request.profile else EXACT,
         "profile": "",
         "tiling": request.tiling,
+        "metadata": request.metadata,
+        "folder": "",
+        "preview": True,
     } | given_inputs.values_of(request, card)
     used = {one.name: one.to_dict() for one in request.accelerators}
     for name, settings in given.items():

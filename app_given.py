@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import app_tasks as tasks
 from pipelines import controls
 from pipelines.catalog import Card
-from pipelines.request import Request, RequestError
+from pipelines.request import WITHHELD, Request, RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,10 +99,10 @@ def fields_of(values: Mapping[str, Any], card: Card, keep: Store) -> dict[str, A
     if task in ("image", "inpaint"):
         found["strength"] = values["strength"]
     if task == "panels":
-        found |= {"panels": _whole(values["panels"]), "layout": values["layout"]}
+        found |= {"panels": whole(values["panels"]), "layout": values["layout"]}
         found |= {"known": values["known"]} if values["image"] else {}
     if tasks.TASKS[task].clip:
-        found |= {"frames": _whole(values["frames"]), "fps": values["fps"] or None}
+        found |= {"frames": whole(values["frames"]), "fps": values["fps"] or None}
     return found
 
 
@@ -141,6 +141,7 @@ def left_out(request: Request, card: Card) -> list[str]:
         )
         if getattr(request, name)
     ]  # fmt: skip
+    found += ["its prompt, which its file does not tell"] if request.prompt == WITHHELD else []
     found += ["the pictures of its controls"] if request.controls else []
     strange = [one.file for one in request.loras if one.file not in own]  # type: ignore[attr-defined]
     found += [f"the LoRA {Path(name).name}" for name in strange]
@@ -150,7 +151,9 @@ def left_out(request: Request, card: Card) -> list[str]:
 def adapters(card: Card, *, pictures: bool) -> list[tuple[str, str]]:
     """Return a model's own adapters, those that steer by a picture or the others, as choices; "" is none."""
     found = [
-        (name, name) for name, one in _own(card).items() if one.takes_picture is None or one.takes_picture == pictures
+        (name, name)
+        for name, one in _own(card).items()
+        if one.takes_picture is None or one.takes_picture == pictures
     ]
     return [("none, or a file of mine", ""), *found]
 
@@ -215,7 +218,9 @@ def _checked(path: str, field: str) -> str:
     try:
         read_image(path, field)
     except RequestError as error:
-        given = Path(path).name if str(error.given) == path else error.given  # not where it lies on this computer
+        given = (
+            Path(path).name if str(error.given) == path else error.given
+        )  # not where it lies on this computer
         raise RequestError("starting picture" if field == "image" else field, given, error.allowed) from None
     return path
 
@@ -223,14 +228,23 @@ def _checked(path: str, field: str) -> str:
 def _controls(values: Mapping[str, Any], card: Card, keep: Store) -> list[dict[str, Any]]:
     found = []
     for place in range(1, CONTROLS + 1):
-        one = {name: values[f"control{place}.{name}"] for name in ("adapter", "file", "picture", "made_by", *WINDOW)}
+        one = {
+            name: values[f"control{place}.{name}"]
+            for name in ("adapter", "file", "picture", "made_by", *WINDOW)
+        }
         adapter = _adapter(one["adapter"], one["file"], card, keep, "controls")
         if adapter is None and not one["picture"]:
             continue
         if adapter is None or not one["picture"]:
             missing = "an adapter" if adapter is None else "a picture"
-            raise RequestError("controls", f"number {place} without {missing}", "an adapter and a picture each")
-        told = {"adapter": adapter, "file": keep(_checked(one["picture"], "picture")), "raw": one["made_by"] == AS_IT_IS}
+            raise RequestError(
+                "controls", f"number {place} without {missing}", "an adapter and a picture each"
+            )
+        told = {
+            "adapter": adapter,
+            "file": keep(_checked(one["picture"], "picture")),
+            "raw": one["made_by"] == AS_IT_IS,
+        }
         told |= {} if one["made_by"] in (AS_TRAINED, AS_IT_IS) else {"condition": one["made_by"]}
         found.append(told | {name: one[name] for name in WINDOW})
     return found
@@ -274,14 +288,22 @@ def _painted(editor: Any) -> dict[str, str] | None:
         extrema: Any = opened.convert("RGBA").getextrema()
         if all(low == high for low, high in extrema):
             # the editor's own empty canvas looks like this: a picture dropped before it was ready never came in
-            raise RequestError("starting picture", "a blank canvas", "a picture; drop it once more, and wait until it is seen")
+            raise RequestError(
+                "starting picture",
+                "a blank canvas",
+                "a picture; drop it once more, and wait until it is seen",
+            )
     mask = Image.new("L", size, 0)
     for layer in editor.get("layers") or ():
         _checked(str(layer), "mask")
         with Image.open(layer) as opened:
             alpha = opened.convert("RGBA").getchannel("A")
         if alpha.size != size:
-            raise RequestError("mask", _sides(alpha.size), f"one of the picture's size, {_sides(size)}; drop the picture once more")
+            raise RequestError(
+                "mask",
+                _sides(alpha.size),
+                f"one of the picture's size, {_sides(size)}; drop the picture once more",
+            )
         mask = ImageChops.lighter(mask, alpha.point(lambda value: 255 if value > 127 else 0))
     if mask.getextrema()[1] == 0:
         return None
@@ -294,5 +316,6 @@ def _sides(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]} px"
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
+    """Return a number that a browser sent as 28.0 as 28; everything else unchanged, to be refused in words."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -17,7 +17,9 @@ import gradio as gr
 
 import app_form as form
 import app_rooms as rooms
+import app_settings as settings
 import app_views as views
+from app_given import whole
 from app_grid_views import EXAMPLES, counted, drawn, example, fields_for, place_of, sheet
 from app_jobs import TOTAL, QueueFull
 from app_page import House, sentence, served
@@ -53,16 +55,13 @@ class Grid:
     def draw(self) -> None:
         """Make the components, inside a tab."""
         parts, card = self.parts, next(iter(self.house.cards.values()))
-        names = [(one.title or one.name, one.name) for one in self.house.cards.values()]
         parts["made"] = gr.BrowserState("", storage_key="leapfrog-grid", secret="not a secret")
         gr.Markdown(
             "One request, changed along up to three axes: every combination becomes a picture.",
             elem_classes="note",
         )
         with gr.Row():
-            parts["model"] = gr.Dropdown(
-                names, value=card.name, label="Model", min_width=140, visible=len(names) > 1
-            )
+            parts["model"] = settings.model_control(self.house.cards, min_width=140)
             parts["prompt"] = gr.Textbox(
                 "; ".join(one[0] for one in form.examples_of(card)[:1]), label="Prompt", scale=3, min_width=240,
                 visible=not card.takes_class,
@@ -71,16 +70,7 @@ class Grid:
             parts["class_label"] = gr.Number(
                 0, label="Class number", precision=0, minimum=0, visible=card.takes_class
             )
-            parts["steps"] = gr.Number(
-                card.steps or form.STEPS, label="Steps", precision=0, minimum=1, maximum=1000, min_width=90
-            )
-            parts["guidance"] = gr.Number(
-                form.GUIDANCE if card.guidance is None else card.guidance,
-                label="Guidance",
-                minimum=0,
-                maximum=50,
-                min_width=90,
-            )
+            parts["steps"], parts["guidance"] = settings.number_controls(card)
             parts["seed"] = gr.Number(
                 1, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=90
             )
@@ -167,23 +157,21 @@ class Grid:
     def asked(self, values: Sequence[Any]) -> grids.Grid:
         """Return the grid that the controls stand for, checked against the models' cards. Raises: RequestError."""
         given = dict(zip(_ASKED, values, strict=False))
-        if given["model"] not in self.house.cards:
-            raise RequestError("model", given["model"], f"one of {', '.join(self.house.cards)}")
+        card = self.house.card(given["model"])
         pairs = list(zip(values[len(_ASKED) :: 2], values[len(_ASKED) + 1 :: 2], strict=True))
         texts = [(field, text) for field, text in pairs if field]
         if not texts:
             raise RequestError("axes", "nothing", "at least one thing that changes")
         axes = tuple(self._axis(str(field), str(text or "")) for field, text in texts)
-        card = self.house.cards[given["model"]]
         prompts = next((axis for axis in axes if axis.field == "prompt"), None)
         prompt = str(given["prompt"] or "") if prompts is None else str(prompts.values[0].given)
         request = Request(
-            model=given["model"], prompt="" if card.takes_class else prompt, steps=_whole(given["steps"]),
-            seed=_whole(given["seed"]),
-            class_label=_whole(given["class_label"]) if card.takes_class else None, guidance=given["guidance"],
+            model=given["model"], prompt="" if card.takes_class else prompt, steps=whole(given["steps"]),
+            seed=whole(given["seed"]),
+            class_label=whole(given["class_label"]) if card.takes_class else None, guidance=given["guidance"],
         )  # fmt: skip
         grid = grids.Grid(
-            request=request, axes=axes, seeds=_whole(given["seeds"]), references=bool(given["exact"])
+            request=request, axes=axes, seeds=whole(given["seeds"]), references=bool(given["exact"])
         )
         self._check(grid)
         return grid
@@ -195,12 +183,12 @@ class Grid:
             raise RequestError("axis", field, "one of those in the list")
         axis = read_axis(f"{field}={text}")
         wrong = (
-            [one.given for one in axis.values if one.given not in self.house.cards]
+            [one.given for one in axis.values if one.given not in self.house.models]
             if field == "model"
             else []
         )
         if wrong:
-            raise RequestError("axis model", wrong[0], f"one of {', '.join(self.house.cards)}")
+            raise RequestError("axis model", wrong[0], f"one of {', '.join(self.house.models)}")
         return axis
 
     def _check(self, grid: grids.Grid) -> None:
@@ -224,7 +212,7 @@ class Grid:
                 getattr(request, name)
                 for name in ("image", "last_image", "clip", "mask", "controls", "loras", "profile")
             )
-            if request.model not in self.house.cards or files:
+            if request.model not in self.house.models or files:
                 return None
             self._check(grid)
         except (ValueError, RecursionError):
@@ -360,9 +348,8 @@ class Grid:
 
     def _model(self, model: str) -> tuple[Any, Any, Any, Any]:
         card = self.house.cards[model]
-        guidance = form.GUIDANCE if card.guidance is None else card.guidance
         prompt, number = gr.Textbox(visible=not card.takes_class), gr.Number(visible=card.takes_class)
-        return prompt, number, card.steps or form.STEPS, guidance
+        return prompt, number, *settings.numbers_of(card)
 
 
 def batch_of(owner: str) -> str:
@@ -372,7 +359,3 @@ def batch_of(owner: str) -> str:
 
 def _told(error: Exception) -> str:
     return sentence(error) if isinstance(error, RequestError | QueueFull) else str(error)
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value

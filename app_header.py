@@ -48,8 +48,11 @@ class Header:
         mine = self.house.jobs.ledger.counts(owner=owner) if owner else {"waiting": 0, "running": 0}
         loaded = _loaded()
         first = next(iter(self.house.cards.values()))
-        model = ("Model", loaded or first.title or first.name, "" if loaded else "loads with the first picture")
-        return views.chips([model, ("Device", *_device()), ("Queue", *_queue(waiting, mine))], self.house.jobs.problem)
+        later = "loads with the first picture" if self.house.models else "open or download one"
+        model = ("Model", loaded or first.title or first.name, "" if loaded else later)
+        return views.chips(
+            [model, ("Device", *_device()), ("Queue", *_queue(waiting, mine))], self.house.jobs.problem
+        )
 
     def _look(self, request: gr.Request) -> tuple[str, Any]:
         owner = self.house.session(request)

@@ -23,7 +23,7 @@ from pipelines.request import Request, RequestError, accelerator_kinds
 
 ANY, EXACT = "any", "exact"
 _HEADS = ("number", "state", "what", "model", "speed", "from", "asked", "took")
-_WIDTHS = ("150px", "110px", "300px", "120px", "150px", "110px", "120px", "80px")
+_WIDTHS = ("90px", "110px", "330px", "120px", "150px", "110px", "130px", "80px")
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -56,8 +56,12 @@ class History:
                     visible=False, show_label=False, label="Result", columns=2, interactive=False, object_fit="contain",
                     height="auto", buttons=["download", "fullscreen"], elem_id="history-pictures", elem_classes="big",
                 )  # fmt: skip
-                parts["clip"] = gr.Video(visible=False, label="Clip", interactive=False, elem_id="history-clip")
-                parts["files"] = gr.File(visible=False, label="Original files", file_count="multiple", interactive=False)
+                parts["clip"] = gr.Video(
+                    visible=False, label="Clip", interactive=False, elem_id="history-clip"
+                )
+                parts["files"] = gr.File(
+                    visible=False, label="Original files", file_count="multiple", interactive=False
+                )
                 parts["report"] = gr.HTML("", elem_id="history-report")
             with gr.Column(scale=5, min_width=300):
                 parts["file"] = gr.File(
@@ -65,23 +69,41 @@ class History:
                     height=130, elem_id="history-drop", elem_classes="drop",
                 )  # fmt: skip
                 parts["embedded"] = gr.HTML("", elem_id="history-embedded")
-                parts["take"] = gr.CheckboxGroup([], label="Take these over", visible=False, elem_id="history-take")
-                parts["apply"] = gr.Button("Fill in Create with them", visible=False, size="sm", elem_id="history-apply")
+                parts["take"] = gr.CheckboxGroup(
+                    [], label="Take these over", visible=False, elem_id="history-take"
+                )
+                parts["apply"] = gr.Button(
+                    "Fill in Create with them", visible=False, size="sm", elem_id="history-apply"
+                )
 
     def _filters(self) -> None:
         parts = self.parts
         with gr.Row(elem_id="history-filters"):
-            parts["text"] = gr.Textbox("", label="Text", placeholder="in prompts and names", max_lines=1, min_width=150)
-            parts["state"] = gr.Dropdown(list(STATES), value=[], multiselect=True, label="States (none: any)", min_width=140)
-            parts["model"] = gr.Dropdown([(ANY, ANY)], value=ANY, label="Model", min_width=120, filterable=False)
+            parts["text"] = gr.Textbox(
+                "", label="Search", placeholder="prompts and names", max_lines=1, min_width=150
+            )
+            parts["state"] = gr.Dropdown(
+                list(STATES), value=[], multiselect=True, label="States (none: any)", min_width=140
+            )
+            parts["model"] = gr.Dropdown(
+                [(ANY, ANY)], value=ANY, label="Model", min_width=120, filterable=False
+            )
             parts["speed"] = gr.Dropdown(
-                [ANY, EXACT, *sorted(accelerator_kinds())], value=ANY, label="Accelerator", min_width=130, filterable=False
+                [ANY, EXACT, *sorted(accelerator_kinds())],
+                value=ANY,
+                label="Accelerator",
+                min_width=130,
+                filterable=False,
             )
             parts["date"] = gr.Dropdown(list(DATES), value=ANY, label="When", min_width=120, filterable=False)
-            parts["refresh"] = gr.Button("Look again", size="sm", scale=0, min_width=100, elem_id="history-refresh")
+            parts["refresh"] = gr.Button(
+                "Look again", size="sm", scale=0, min_width=100, elem_id="history-refresh"
+            )
 
     def _buttons(self) -> None:
-        with gr.Row(visible=False, elem_id="history-buttons", elem_classes="actions") as self.parts["buttons"]:
+        with gr.Row(visible=False, elem_id="history-buttons", elem_classes="actions") as self.parts[
+            "buttons"
+        ]:
             for name, words in (
                 ("first", "First"), ("earlier", "Earlier"), ("later", "Later"), ("cancel", "Cancel"), ("retry", "Do it again"),
                 ("send", "Settings to Create"),
@@ -113,7 +135,9 @@ class History:
         drop = [parts[name] for name in ("dropped", "embedded", "take", "apply")]
         parts["file"].upload(self._dropped, [parts["file"], *form], drop, **_PRIVATE)
         parts["file"].clear(_nothing, None, drop, queue=False, **_PRIVATE)
-        sent = parts["send"].click(self._send, [parts["chosen"], *form], [parts["told"], *of_create], **_PRIVATE)
+        sent = parts["send"].click(
+            self._send, [parts["chosen"], *form], [parts["told"], *of_create], **_PRIVATE
+        )
         taken = parts["apply"].click(
             self._apply, [parts["dropped"], parts["take"], *form], [parts["embedded"], *of_create], **_PRIVATE
         )
@@ -157,7 +181,10 @@ class History:
         parts = self.parts
         if entry is None:
             update = {parts[name]: gr.skip() for name in _SHOWN}
-            return update | {parts["about"]: note("Choose a row above, or one here."), parts["buttons"]: gr.Row(visible=False)}
+            return update | {
+                parts["about"]: note("Choose a row above, or one here."),
+                parts["buttons"]: gr.Row(visible=False),
+            }
         job, paths = entry.job, [Path(file) for file in entry.job.files]
         copies = [Path(served(path)) for path in paths if path.is_file()]
         lost = [path.name for path in paths if not path.exists()]
@@ -172,10 +199,19 @@ class History:
             ("files", ", ".join(path.name for path in paths) or "none"),
         ]  # fmt: skip
         trouble_told = "".join(
-            trouble(words) for words in (job.error, f"Not there any more: {', '.join(lost)}." if lost else "") if words
+            trouble(words)
+            for words in (job.error, f"Not there any more: {', '.join(lost)}." if lost else "")
+            if words
         )
         again = not going and (entry.state != "done" or bool(lost))
-        buttons = {"first": waiting, "earlier": waiting, "later": waiting, "cancel": going, "retry": again, "send": True}
+        buttons = {
+            "first": waiting,
+            "earlier": waiting,
+            "later": waiting,
+            "cancel": going,
+            "retry": again,
+            "send": True,
+        }
         return {
             parts["about"]: report(facts(told)) + trouble_told, parts["buttons"]: gr.Row(visible=True),
             parts["pictures"]: gr.Gallery(pictures or None, visible=bool(pictures), columns=min(2, max(1, len(pictures)))),
@@ -221,12 +257,21 @@ class History:
             return None, trouble(" ".join(missing)) + report(facts(told_of(given))), *_nothing()[2:]
         rows = self.house.tabs["Create"].reuse.differences(found, values)
         names = [label for label, _, _ in rows]
-        words = f"{Path(file).name} would change {len(rows)} settings of Create." if rows else "Create stands just so already."
+        words = (
+            f"{Path(file).name} would change {len(rows)} settings of Create."
+            if rows
+            else "Create stands just so already."
+        )
         head = f'<p class="line" role="status">{safe(words)}</p>'
         table = views.differences(Path(file).name, rows, []) if rows else ""
         shown = "".join(note(one) for one in missing) + report(head) + table
         dropped = {"request": found.to_dict(), "from": Path(file).name}
-        return dropped, shown, gr.CheckboxGroup(names, value=names, visible=bool(rows)), gr.Button(visible=bool(rows))
+        return (
+            dropped,
+            shown,
+            gr.CheckboxGroup(names, value=names, visible=bool(rows)),
+            gr.Button(visible=bool(rows)),
+        )
 
     def _apply(self, dropped: dict[str, Any] | None, take: Sequence[str], *values: Any) -> dict[Any, Any]:
         """Fill the form of Create with what was chosen of a dropped file."""
@@ -239,7 +284,11 @@ class History:
         if labels["model"] not in take:
             request["model"] = now["model"]
         update = create.reuse.apply({"request": request, "from": dropped["from"]})
-        left = {create.inputs[name]._id for name, label in labels.items() if label not in take and name != "new_seed"}
+        left = {
+            create.inputs[name]._id
+            for name, label in labels.items()
+            if label not in take and name != "new_seed"
+        }
         kept = {part: value for part, value in update.items() if part._id not in left}
         return {self.parts["embedded"]: note(f"{len(take)} settings were filled in.")} | kept
 
@@ -254,15 +303,32 @@ def row_of(entry: Entry, model: str) -> list[str]:
     """Return an entry as a row of the table."""
     job = entry.job
     took = span(job.ended - job.started) if job.ended and job.started else ""
-    step = f" {job.progress['step']}/{job.progress['steps']}" if job.progress.get("steps") and not job.over else ""
-    return [entry.number, entry.state + step, entry.words[:120], model, entry.speed, entry.source, _clock(job.created), took]
+    step = (
+        f" {job.progress['step']}/{job.progress['steps']}"
+        if job.progress.get("steps") and not job.over
+        else ""
+    )
+    return [
+        entry.number,
+        entry.state + step,
+        entry.words[:120],
+        model,
+        entry.speed,
+        entry.source,
+        _clock(job.created),
+        took,
+    ]
 
 
 def told_of(request: Request) -> list[tuple[str, object]]:
     """Return the settings of a request that are not its defaults."""
     from pipelines.request import settings
 
-    changed = {one.name: getattr(request, one.name) for one in settings() if getattr(request, one.name) != one.default}
+    changed = {
+        one.name: getattr(request, one.name)
+        for one in settings()
+        if getattr(request, one.name) != one.default
+    }
     return [
         (name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, tuple) else value)
         for name, value in changed.items()

@@ -198,7 +198,7 @@ class TaskInputs:
 def refused(card: Card) -> str:
     """Return what a model cannot do, greyed, each with its reason."""
     found = tasks.refused(card)
-    if not found:
+    if not found or card.name == tasks.NO_MODEL:
         return ""
     rows = "".join(
         f'<li><span class="off" aria-disabled="true">{views.safe(label)}</span> {views.safe(reason)}</li>'

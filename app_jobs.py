@@ -43,7 +43,7 @@ class QueueFull(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Now:
-    """Where a run stands: the fields of `pipelines.generate.Progress`, without importing torch for them."""
+    """Where a run stands: the fields of `pipelines.generate.Progress`, without importing torch for them, and a small picture."""
 
     step: int = 0
     steps: int = 0
@@ -51,6 +51,7 @@ class Now:
     seconds: float = 0.0
     picture: int = 0
     note: str = ""
+    preview: str = ""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -136,12 +137,14 @@ class Jobs:
 
     def submit(
         self, request: Request, *, owner: str = "", comparing: bool = False, ending: str = "",
-        tags: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None, folder: Path | None = None,
     ) -> Job:  # fmt: skip
         """Put a request at the end of the queue, every picture of it by itself.
 
         Args:
             ending: of the file of a clip, ".mp4" say; "" leaves it to the result.
+            tags: kept with the job; `preview` asks for small pictures while it is made.
+            folder: where it is saved; None for the page's own.
 
         Raises:
             QueueFull, RequestError.
@@ -158,7 +161,7 @@ class Jobs:
         rows = self.ledger.add(
             Item(
                 request=request.one(place).to_dict(), id=f"page-{press}-{place + 1}", owner=owner,
-                kind="compare" if comparing else "generate", folder=str(self.folder),
+                kind="compare" if comparing else "generate", folder=str(folder or self.folder),
                 output=_named(request.one(place), press, ending),
                 tags={"source": "page", "press": press, "place": place, "of": pictures} | dict(tags or {}),
             )
@@ -214,7 +217,9 @@ class Jobs:
         if counts["waiting"] > TOTAL:
             return counts["waiting"]
         waiting = self.ledger.jobs(states=("waiting",), limit=TOTAL)
-        before = [one for one in waiting if (-one.item.priority, one.number) < (-first.item.priority, first.number)]
+        before = [
+            one for one in waiting if (-one.item.priority, one.number) < (-first.item.priority, first.number)
+        ]
         return len(before) + counts["running"]
 
     def cancel(self, name: str, owner: str | None = None) -> int:
@@ -269,7 +274,9 @@ class Jobs:
             self._closed.wait(PAUSE if self._problem else 0.0)
             self._problem = ""
 
-    def _counted(self, request: Request, methods: Any, rounds: int, *, on_step: Callable[[Any], object]) -> Any:
+    def _counted(
+        self, request: Request, methods: Any, rounds: int, *, on_step: Callable[[Any], object]
+    ) -> Any:
         """Compare, with the number of the run in the note of its progress."""
         if self._compare is None:
             from pipelines.measure import compare
@@ -297,7 +304,10 @@ def _joined(rows: Sequence[Row]) -> Job:
     first = rows[0]
     request = Request.from_dict(first.item.request).replace(images=len(rows))
     job = Job(
-        request, Path(first.item.folder), ".".join(row.name for row in rows), comparing=first.item.kind == "compare"
+        request,
+        Path(first.item.folder),
+        ".".join(row.name for row in rows),
+        comparing=first.item.kind == "compare",
     )
     states = [row.state for row in rows]
     running = next((row for row in rows if row.state == "running"), None)

@@ -8,8 +8,10 @@ from typing import Any
 import app_form as form
 import app_speed as speed
 import app_views as views
+from app_first import FirstScreen
 from app_inputs import TaskInputs
-from app_models import FirstScreen
+from app_settings import draw_saving, model_control
+from app_tasks import NO_MODEL
 from pipelines.catalog import Card
 from pipelines.form import Field
 from pipelines.request import PROMPT_LENGTH, Request
@@ -35,13 +37,17 @@ class Layout:
         self.inputs: dict[str, Any] = {}
         self.parts: dict[str, Any] = {}
         self.given = TaskInputs(self.cards, self.inputs, self.parts)
-        self.first_screen, self.newcomer = FirstScreen(self.cards), False
+        self.first_screen, self.newcomer, self.output = FirstScreen(self.cards), False, "outputs"
 
     def draw(self) -> None:
         """Make all components, inside `gr.Blocks`."""
         import gradio as gr
 
-        self.parts["job"], self.parts["written"], self.parts["pending"] = gr.State(""), gr.State(""), gr.State(None)
+        self.parts["job"], self.parts["written"], self.parts["pending"] = (
+            gr.State(""),
+            gr.State(""),
+            gr.State(None),
+        )
         self.parts["remembered"] = gr.BrowserState("", storage_key="leapfrog-job", secret="not a secret")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=5, min_width=300, elem_id="form-side"):
@@ -59,8 +65,7 @@ class Layout:
         import gradio as gr
 
         card, inputs, styles = self.first, self.inputs, form.styles_of(self.first)
-        names = [(one.title or one.name, one.name) for one in self.cards.values()]
-        inputs["model"] = gr.Dropdown(names, value=card.name, label="Model", visible=len(names) > 1)
+        inputs["model"] = model_control(self.cards)
         self.given.draw_task(card)
         inputs["prompt"] = gr.Textbox(
             label="Prompt", lines=3, max_lines=10, max_length=PROMPT_LENGTH, autofocus=True, elem_id="prompt",
@@ -120,7 +125,9 @@ class Layout:
         import gradio as gr
 
         self.inputs["speed"] = gr.Radio(list(speed.SPEEDS), value=speed.EXACT, label="Speed", elem_id="speed")
-        self.parts["speed_note"] = gr.HTML(views.note("Every block is computed at every step."), elem_id="speed-note")
+        self.parts["speed_note"] = gr.HTML(
+            views.note("Every block is computed at every step."), elem_id="speed-note"
+        )
         self.parts["measure"] = gr.Button("Measure now", size="sm", elem_id="measure", visible=False)
         with gr.Column(visible=False) as self.parts["methods"]:
             self.inputs["profile"] = gr.Dropdown(
@@ -170,7 +177,9 @@ class Layout:
             )
         with gr.Row(elem_id="queue-row"):
             gr.HTML('<p class="keys">Ctrl + Enter; with Shift it is added to the queue</p>')
-            self.parts["queue"] = gr.Button("Add to queue", size="sm", elem_id="queue", scale=0, min_width=110)
+            self.parts["queue"] = gr.Button(
+                "Add to queue", size="sm", elem_id="queue", scale=0, min_width=110
+            )
 
     def _folded(self) -> None:
         import gradio as gr
@@ -193,6 +202,7 @@ class Layout:
                 elem_id="reuse",
                 elem_classes="drop",
             )
+        draw_saving(self.inputs, self.parts, self.output)
         with gr.Accordion("More settings", open=False, elem_classes="folded"):
             self.inputs["negative_prompt"] = gr.Textbox(
                 label="Negative prompt", lines=2, max_length=PROMPT_LENGTH
@@ -211,7 +221,8 @@ class Layout:
                 with gr.Row():
                     parts["apply"] = gr.Button("Apply all", variant="primary", size="sm", elem_id="apply")
                     parts["leave"] = gr.Button("Leave as it is", size="sm", elem_id="leave")
-            parts["empty"] = gr.HTML(views.empty())
+            parts["preview"] = gr.HTML("", elem_id="preview")
+            parts["empty"] = gr.HTML(views.empty(bare=self.first.name == NO_MODEL), elem_id="empty")
             with gr.Column(visible=bool(examples)) as parts["example_box"]:
                 parts["examples"] = gr.Dataset(
                     components=[gr.Textbox(visible=False, render=False)], samples=examples, show_label=False,
@@ -227,9 +238,13 @@ class Layout:
             )  # fmt: skip
             parts["player"] = gr.HTML(visible=False, elem_id="player")
             with gr.Row(visible=False, elem_id="after") as parts["after"]:
-                parts["compare"] = gr.Button("Compare with exact", size="sm", elem_id="compare", visible=False)
+                parts["compare"] = gr.Button(
+                    "Compare with exact", size="sm", elem_id="compare", visible=False
+                )
                 parts["again"] = gr.Button("Reuse settings", size="sm", elem_id="again")
-                parts["onward"] = gr.Button("Start from this picture", size="sm", elem_id="onward", visible=False)
+                parts["onward"] = gr.Button(
+                    "Start from this picture", size="sm", elem_id="onward", visible=False
+                )
             parts["report"] = gr.HTML("", elem_id="report")
         with gr.Column(visible=self.newcomer) as parts["first_box"]:
             self.first_screen.draw()

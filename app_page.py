@@ -18,6 +18,7 @@ import gradio as gr
 
 from app_jobs import Jobs
 from app_serve import DAY, EVENTS
+from app_tasks import NO_MODEL
 from pipelines.catalog import Card
 from pipelines.request import RequestError
 
@@ -26,6 +27,11 @@ TABS = (
     ("app_history", "History"), ("app_models", "Models"), ("app_system", "System"),
 )  # fmt: skip
 """Module and class of every tab, left to right; one whose module is not there is left out."""
+NOBODY = Card(
+    name=NO_MODEL, title=NO_MODEL,
+    summary="There is no model here yet: open one that is on this computer, or download one, in the tab Models.",
+)  # fmt: skip
+"""Stands where a model would be chosen while there is none."""
 SESSIONS = 5000
 """How many sessions are known by name at once."""
 ENTRY = 3.0
@@ -41,7 +47,7 @@ class House:
     """
 
     def __init__(self, jobs: Jobs, cards: Mapping[str, Card]) -> None:
-        self.jobs, self.cards, self.folder = jobs, dict(cards), jobs.folder
+        self.jobs, self.cards, self.folder = jobs, dict(cards) or {NOBODY.name: NOBODY}, jobs.folder
         self.entered: Any = None
         """The event at which a browser has said who it is; a tab's first look hangs on it: `house.entered.then(...)`."""
         self.tabs: Mapping[str, Any] = {}
@@ -50,6 +56,21 @@ class House:
         """What is clicked to see a tab, by its name: `select` is when somebody does."""
         self._owners: OrderedDict[str, str] = OrderedDict()
         self._came = threading.Condition()
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models that are here, maybe none."""
+        return [name for name in self.cards if name != NOBODY.name]
+
+    def card(self, name: object) -> Card:
+        """Return the card of a model that is here. Raises: RequestError."""
+        if not self.models:
+            raise RequestError(
+                "model", None, "opened or downloaded first, in the tab Models: none is here yet"
+            )
+        if name not in self.models:
+            raise RequestError("model", name, f"one of {', '.join(self.models)}")
+        return self.cards[str(name)]
 
     def session(self, request: gr.Request) -> str:
         """Return the random name that this browser goes by in the ledger; its jobs have it as their owner.
@@ -107,8 +128,12 @@ class Page:
                 for key, tab in self.tabs.items():
                     with gr.Tab(tab.label, id=key.lower(), elem_id=f"tab-{key.lower()}") as house.opened[key]:
                         tab.draw()
-            gr.HTML('<p class="quiet">Everything happens on the computer that runs this page; nothing is sent elsewhere.</p>')
-            house.entered = page.load(house.enter, name, name, api_visibility="private", show_progress="hidden")
+            gr.HTML(
+                '<p class="quiet">Everything happens on the computer that runs this page; nothing is sent elsewhere.</p>'
+            )
+            house.entered = page.load(
+                house.enter, name, name, api_visibility="private", show_progress="hidden"
+            )
             header.connect(page)
             for tab in self.tabs.values():
                 tab.connect(page)

@@ -11,14 +11,16 @@ import app_form as form
 import app_given as given
 import app_views as views
 from app_page import sentence
+from app_records import matched
 from app_speed import CUSTOM
-from pipelines.request import Request, RequestError
+from pipelines.metadata import read_metadata
+from pipelines.request import WITHHELD, Request, RequestError
 
 if TYPE_CHECKING:
     from app_create import Create
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_SAID = ("new_seed", "style", "profile", "file_type")
+_SAID = ("new_seed", "style", "profile", "file_type", "folder", "preview")
 """Controls that no picture tells of."""
 
 
@@ -41,7 +43,11 @@ class Reuse:
         changed = [*of_model, parts["pending"], parts["diff_box"], parts["status"]]
         parts["apply"].click(self.apply, parts["pending"], changed, **_PRIVATE)
         parts["leave"].click(
-            lambda: (None, gr.Column(visible=False)), None, [parts["pending"], parts["diff_box"]], queue=False, **_PRIVATE
+            lambda: (None, gr.Column(visible=False)),
+            None,
+            [parts["pending"], parts["diff_box"]],
+            queue=False,
+            **_PRIVATE,
         )
 
     def dropped(self, file: str | None, *values: Any) -> dict[Any, Any]:
@@ -51,9 +57,17 @@ class Reuse:
             return {parts["file"]: None}
         try:
             request = Request.from_file(file)
+            if (
+                request.model not in self.create.cards
+            ):  # a file calls a folder by its name alone: its weights tell
+                request = (
+                    matched(request.to_dict(), read_metadata(file)["report"], self.create.cards)[0] or request
+                )
             self._check(request)
         except RequestError as error:
-            if str(error.given) == str(file):  # not where it lies on the server, which a cut of a long path would still show
+            if str(error.given) == str(
+                file
+            ):  # not where it lies on the server, which a cut of a long path would still show
                 error = RequestError(error.field, Path(file).name, error.allowed)
             words = sentence(error).replace(str(Path(file)), Path(file).name)
             return {parts["status"]: views.trouble(words), parts["file"]: None}
@@ -76,6 +90,8 @@ class Reuse:
         self._check(request)
         card = create.cards[request.model]
         values = form.values_of(request, card, create.methods)
+        untold = ("folder", "preview", *(name for name, value in values.items() if value == WITHHELD))
+        values = {name: value for name, value in values.items() if name not in untold}
         updates = create._model(request.model) | {inputs[name]: value for name, value in values.items()}
         choices = form.sizes(card)
         if values["size"] not in (value for _, value in choices):
@@ -86,7 +102,11 @@ class Reuse:
         missing = given.left_out(request, card)
         more = f"; to be given again: {', '.join(missing)}" if missing else ""
         said = f'<div class="pace" role="status">Filled in from {views.safe(pending["from"] + more)}.</div>'
-        return updates | {parts["status"]: said, parts["pending"]: None, parts["diff_box"]: gr.Column(visible=False)}
+        return updates | {
+            parts["status"]: said,
+            parts["pending"]: None,
+            parts["diff_box"]: gr.Column(visible=False),
+        }
 
     def _check(self, request: Request) -> None:
         cards = self.create.cards
@@ -114,7 +134,7 @@ class Reuse:
             method = name.partition(".")[0]
             unused = method in create.methods and not (now[method] and now["speed"] == CUSTOM)
             unused = unused and not (then[method] and then["speed"] == CUSTOM)
-            if name in _SAID or unused or _words(now[name]) == _words(then[name]):
+            if name in _SAID or unused or then[name] == WITHHELD or _words(now[name]) == _words(then[name]):
                 continue
             if then[name] is None and now[name]:  # a file that was given stays out of a picture's settings
                 continue

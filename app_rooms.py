@@ -111,7 +111,9 @@ CSS = """
 @media (max-width: 760px) {
   .viewer[data-mode=side] .panes { grid-template-columns: 1fr; } .viewer[data-mode=side] .pane.b { grid-area: 2 / 1; }
   .sheet th.row { max-width: 96px; font-size: 12px; } .sheet img { width: 104px; }
-  .room th, .room td { padding-right: 9px !important; }
+  .room th, .room td { padding-right: 9px !important; white-space: normal; overflow-wrap: anywhere; }
+  .room svg.scatter text { font-size: 19px; }
+  .viewer .tools .modes { flex-wrap: nowrap; } .viewer .tools .modes button { padding: 6px 7px; font-size: 12.5px; white-space: nowrap; }
 }
 """
 

@@ -13,7 +13,18 @@ from app_jobs import Job
 from app_page import served
 from pipelines.catalog import Card
 
-PARTS = ("empty", "first_box", "example_box", "picture", "gallery", "player", "after", "compare", "onward", "report")
+PARTS = (
+    "empty",
+    "first_box",
+    "example_box",
+    "picture",
+    "gallery",
+    "player",
+    "after",
+    "compare",
+    "onward",
+    "report",
+)
 SMALL = 192
 """Pictures up to this width, in px, are shown enlarged."""
 
@@ -30,21 +41,29 @@ def updates(job: Job, parts: Mapping[str, Any], card: Card | None) -> dict[Any, 
     if panels:
         captions = [f"{words}: panel {place % panels + 1}" for place in range(len(files))]
     if job.comparing:
-        captions = [f"{words}: {kind}" for kind in ("exact", "accelerated")]
+        captions = ["exact", "accelerated"]
     return {
         parts["empty"]: gr.HTML(visible=False),
         parts["first_box"]: gr.Column(visible=False),
         parts["example_box"]: gr.Column(visible=False),
         parts["picture"]: gr.Image(
-            None if several or film else files[0], visible=not several and not film, alt_text=words, elem_classes=small
+            None if several or film else files[0],
+            visible=not several and not film,
+            alt_text=words,
+            elem_classes=small,
         ),
         parts["gallery"]: gr.Gallery(
-            list(zip(files, captions, strict=True)) if several else None, visible=several, columns=2 if job.comparing else 3
+            list(zip(files, captions, strict=True)) if several else None,
+            visible=several,
+            columns=2 if job.comparing else 3,
+            elem_classes=["pair"] if job.comparing else [],
         ),
         parts["player"]: gr.HTML(views.player(files[0], words) if film else "", visible=film),
         parts["after"]: gr.Row(visible=True),
         parts["compare"]: gr.Button(visible=bool(job.request.accelerators) and not job.comparing),
-        parts["onward"]: gr.Button(visible=card is not None and one.suffix.lower() == ".png" and _goes_on(card)),
+        parts["onward"]: gr.Button(
+            visible=card is not None and one.suffix.lower() == ".png" and _goes_on(card)
+        ),
         parts["report"]: views.report(job),
     }
 

@@ -81,7 +81,10 @@ def sentence(choice: Choice, request: Request, card: Card, ledger: Ledger) -> tu
         return words, False
     if choice.profile is not None:
         day = f", {choice.profile.made[:10]}" if choice.profile.made else ""
-        return f"{choice.speed} on this model{at}: {choice.profile.measured} (profile {choice.name}{day}).", False
+        return (
+            f"{choice.speed} on this model{at}: measured {choice.profile.measured} (profile {choice.name}{day}).",
+            False,
+        )
     settings = " and ".join(choice.accelerators)
     found = measured(request.replace(accelerators=choice.accelerators, profile=None), card, ledger)
     if found is not None:
@@ -109,7 +112,9 @@ def measured(request: Request, card: Card, ledger: Ledger) -> str | None:
     near = statistics.median(psnrs)
     psnr = "no difference to exact" if math.isinf(near) else f"PSNR {near:.1f} dB (worst {min(psnrs):.1f} dB)"
     pictures = "one picture only" if len(speeds) == 1 else f"{len(speeds)} pictures"
-    return f"measured {statistics.median(speeds):.2f}x end to end, {psnr}, on {pictures} made on this computer"
+    return (
+        f"measured {statistics.median(speeds):.2f}x end to end, {psnr}, on {pictures} made on this computer"
+    )
 
 
 def estimate(request: Request, card: Card, ledger: Ledger) -> str:
@@ -122,7 +127,12 @@ def estimate(request: Request, card: Card, ledger: Ledger) -> str:
             continue
         done = Request.from_dict(job.item.request)
         effective, timings = job.report.get("effective", {}), job.report.get("timings", {})
-        work = _work(effective.get("steps"), effective.get("width"), effective.get("height"), effective.get("frames", 1))
+        work = _work(
+            effective.get("steps"),
+            effective.get("width"),
+            effective.get("height"),
+            effective.get("frames", 1),
+        )
         if work and _kind(done) == kind:
             same.append((sum(float(value) for name, value in timings.items() if name != "load"), work))
             peaks += [float(value) for value in job.report.get("peak_memory_mb", {}).values()][-1:]
@@ -152,7 +162,12 @@ def _settings(request: Request, card: Card) -> Sequence[Any]:
 
 def _kind(request: Request) -> Sequence[Any]:
     """Return what a second of work depends on, beside steps and size."""
-    return (sorted(map(str, request.accelerators)), request.profile, len(request.controls), request.panels or 1)
+    return (
+        sorted(map(str, request.accelerators)),
+        request.profile,
+        len(request.controls),
+        request.panels or 1,
+    )
 
 
 def _work(steps: Any, width: Any, height: Any, frames: Any) -> float:

@@ -114,6 +114,9 @@ CSS = """
 #tabs > .tab-wrapper { margin-bottom: 0; }
 #tabs > .tabitem { border: 0; padding: 20px 0 0; background: transparent; } #tabs > .tab-wrapper { border: 0; }
 #tabs > .tab-wrapper button { font-size: 15px; }
+#tabs > .tab-wrapper button.selected { color: var(--primary-800); font-weight: 580; }
+.dark #tabs > .tab-wrapper button.selected { color: var(--primary-300); }
+.gradio-container .secondary-wrap input { text-overflow: ellipsis; padding-right: 30px !important; }
 
 #columns { gap: 40px; align-items: flex-start; }
 #form-side { gap: 30px; }
@@ -185,6 +188,12 @@ CSS = """
 .keys { color: var(--neutral-600); font-size: 12.5px; }
 .dark .keys { color: var(--neutral-400); }
 
+.sofar { margin: 0 0 10px; text-align: center; } .sofar img { display: block; margin: 0 auto 6px; width: min(100%, 384px);
+  height: auto; border-radius: 10px; } .sofar figcaption { font-size: 12.5px; color: var(--neutral-600); }
+.dark .sofar figcaption { color: var(--neutral-400); } #preview:not(:has(.sofar)) { display: none; }
+.stage:has(.sofar) #picture { display: none !important; } .stage:has(.sofar) #gallery { display: none !important; }
+.stage:has(.sofar) #player { display: none !important; } .stage:has(.sofar) #after { display: none !important; }
+.stage:has(.sofar) #report { display: none !important; } .stage:has(.sofar) #empty { display: none !important; }
 .stage { border: 1px solid var(--neutral-200); border-radius: 20px; background: white; padding: 22px; }
 .dark .stage { background: var(--neutral-900); border-color: var(--neutral-800); }
 .welcome { text-align: center; padding: 40px 16px 12px; color: var(--neutral-600); }
@@ -208,8 +217,10 @@ CSS = """
 #picture .image-container, #picture .image-frame, #picture button { width: 100%; height: auto !important; }
 #picture img { width: auto !important; max-width: 100%; height: auto !important; margin: 0 auto; border-radius: 10px; }
 #gallery .grid-wrap { height: auto !important; min-height: 0; max-height: none; padding: 0; }
-#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; min-width: 0; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(130px, 100%), 1fr)) !important; min-width: 0; }
 #gallery .caption-label { display: none; }
+#gallery.pair .grid-container { grid-template-columns: 1fr 1fr !important; }
+#gallery.pair .caption-label { display: block; max-width: 94%; }
 #picture.small img { width: min(100%, 384px) !important; object-fit: contain !important; }
 .stage .icon-button-wrapper { border: 0; background: transparent; }
 #status:not(:has(.pace)):not(:has(.trouble)), #report:not(:has(.report)) { display: none; }
@@ -290,6 +301,7 @@ footer { display: none !important; }
   #speed label { font-size: 13px; padding: 8px 2px !important; }
   #queue-row .keys { display: none; }
   .stage { padding: 14px; border-radius: 16px; }
+  .report th { white-space: normal; } .report th, .report td { padding-right: 8px !important; }
   .welcome { padding-top: 16px; }
 }
 @media (prefers-reduced-motion: reduce) {

@@ -17,7 +17,7 @@ import gradio as gr
 
 import app_form as form
 from app_page import House
-from app_tables import facts, report, style, table
+from app_tables import facts, note, report, style, table
 from app_views import safe, trouble
 from pipelines import catalog, machine
 from pipelines.request import RequestError, accelerator_kinds
@@ -26,8 +26,8 @@ _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 PRIVACY = (
     "Pictures are made on the computer that runs this page. Prompts, pictures and settings are not sent anywhere, and nothing is "
     "counted or reported. The network is asked for one thing only: a model that you download in Models, after you pressed the "
-    "button. A saved picture holds the settings that made it, with the prompt; save it anew elsewhere to take them out. The job "
-    "ledger keeps what you asked for, in a file that only this user of the computer can read."
+    "button. A saved picture holds the settings that made it, with the prompt; under Output in Create you leave the prompt out, or "
+    "all of it. The job ledger keeps what you asked for, in a file that only this user of the computer can read."
 )
 KERNELS = (
     ("triton", "block-sparse attention on NVIDIA cards; without it FlexAttention of torch does the work"),
@@ -84,7 +84,10 @@ class System:
         """Wire the events."""
         parts = self.parts
         self.house.entered.then(
-            self._shown, parts["model"], [parts["computer"], parts["packages"], parts["accelerators"]], **_PRIVATE
+            self._shown,
+            parts["model"],
+            [parts["computer"], parts["packages"], parts["accelerators"]],
+            **_PRIVATE,
         )
         parts["model"].input(self._accelerators, parts["model"], parts["accelerators"], **_PRIVATE)
         parts["examine"].click(self._examine, None, parts["doctor"], **_PRIVATE)
@@ -96,7 +99,9 @@ class System:
         return computer_view(computer()), told, self._accelerators(name)
 
     def _accelerators(self, name: str | None) -> str:
-        name = name if name in self.house.cards else next(iter(self.house.cards))
+        if not self.house.models:
+            return note("Which of them work is known once there is a model.")
+        name = name if name in self.house.models else self.house.models[0]
         return accelerators_view(accelerators(name))
 
     def _examine(self) -> str:
@@ -163,7 +168,9 @@ def accelerators(model: str) -> tuple[tuple[str, str, str], ...]:
     for name, kind in sorted(accelerator_kinds().items()):
         what = form.sentence_of(name)
         if network is None:
-            rows.append((name, "not known", f"{what} The model's network cannot be looked at before it is loaded."))
+            rows.append(
+                (name, "not known", f"{what} The model's network cannot be looked at before it is loaded.")
+            )
             continue
         try:
             reason = kind().refuses(network)  # type: ignore[attr-defined]
@@ -183,7 +190,11 @@ def _kernel(name: str) -> str:
 
     if not torch.cuda.is_available():
         return "Here: gathered keys on the processor; Triton needs an NVIDIA card."
-    return "Here: Triton." if importlib.util.find_spec("triton") else "Here: FlexAttention; triton is not installed."
+    return (
+        "Here: Triton."
+        if importlib.util.find_spec("triton")
+        else "Here: FlexAttention; triton is not installed."
+    )
 
 
 def examined(folder: Path) -> dict[str, Any]:
@@ -211,7 +222,9 @@ def doctor_view(found: dict[str, Any]) -> str:
     boxes = "".join(trouble(scrubbed(str(one))) for one in found["problems"])
     well = '<p class="line" role="status">Nothing is wrong.</p>' if not found["problems"] else ""
     rows = [
-        (key.replace("_", " "), scrubbed(_plain(value))) for key, value in found.items() if key not in ("problems", "versions")
+        (key.replace("_", " "), scrubbed(_plain(value)))
+        for key, value in found.items()
+        if key not in ("problems", "versions")
     ]
     return boxes + report(well, facts(rows))
 
@@ -225,11 +238,17 @@ def _plain(value: Any) -> str:
 def diagnostics(house: House) -> str:
     """Return facts for a report of an error as JSON: no prompts, no names of users, computers or folders."""
     known = computer() | {"packages": {name: number for name, number, _ in packages() if number}}
-    found = accelerators(next(iter(house.cards)))
+    found = accelerators(house.models[0]) if house.models else []
     rows = {name: f"{verdict}: {reason}" if verdict == "no" else verdict for name, verdict, reason in found}
-    models = [name if name in catalog.shipped() else "a model of this computer" for name in house.cards]
+    models = [name if name in catalog.shipped() else "a model of this computer" for name in house.models]
     counts = house.jobs.ledger.counts()
-    told = {"computer": known, "accelerators": rows, "models": models, "jobs": counts, "problem": house.jobs.problem}
+    told = {
+        "computer": known,
+        "accelerators": rows,
+        "models": models,
+        "jobs": counts,
+        "problem": house.jobs.problem,
+    }
     return scrubbed(json.dumps(told, indent=1, ensure_ascii=False))
 
 

@@ -14,6 +14,8 @@ from pipelines.request import Request, RequestError
 
 OWN_PICTURES = "TextToImagePipeline"
 OWN_CLIPS = "TextToVideoPipeline"
+NO_MODEL = "no model yet"
+"""Name of the card that stands where there is no model."""
 _TURNED = {"first": ("Wan", "LTX", "HunyuanVideo", "CogVideoX"), "ends": ("Wan", "LTX")}
 """Families of foreign video models that go on from a first picture, or between two."""
 
@@ -37,7 +39,10 @@ TASKS: Mapping[str, Task] = {
     "clip": Task("Text → video", ("frames", "fps", "file_type"), (), True),
     "animate": Task("Image → video", ("image", "frames", "fps", "file_type"), ("image",), True),
     "between": Task(
-        "First + last frame", ("image", "last_image", "frames", "fps", "file_type"), ("image", "last_image"), True
+        "First + last frame",
+        ("image", "last_image", "frames", "fps", "file_type"),
+        ("image", "last_image"),
+        True,
     ),
 }
 FIRST_TASK, FIRST_CLIP = "text", "clip"
@@ -83,7 +88,9 @@ def check(task: str, card: Card, given: Mapping[str, Any]) -> None:
         raise RequestError("task", task, f"one of {', '.join(TASKS)}")
     reason = _reason(task, card)
     if reason:
-        raise RequestError("task", label_of(task, card), f"one that {card.title or card.name} can do: {reason}")
+        raise RequestError(
+            "task", label_of(task, card), f"one that {card.title or card.name} can do: {reason}"
+        )
     words = {
         "image": "a picture to start from", "last_image": "a picture to end with",
         "editor": "a picture with a part painted over, which is made anew",
@@ -97,11 +104,15 @@ def check(task: str, card: Card, given: Mapping[str, Any]) -> None:
 
 def _reason(task: str, card: Card) -> str:
     name = card.title or card.name
+    if card.name == NO_MODEL and task not in (FIRST_TASK, FIRST_CLIP):
+        return "there is no model yet"
     if TASKS[task].clip != (card.task == "text-to-video"):
         return f"{name} makes {'clips' if card.task == 'text-to-video' else 'still pictures'}"
     if task in (FIRST_TASK, FIRST_CLIP):
         started = {"ImageToVideo": "a first picture", "VideoToVideo": "a clip"}
-        return next((f"{name} starts from {words}" for part, words in started.items() if part in card.pipeline), "")
+        return next(
+            (f"{name} starts from {words}" for part, words in started.items() if part in card.pipeline), ""
+        )
     if TASKS[task].clip:
         return _clip_reason(task, card, name)
     if card.takes_class:

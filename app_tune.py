@@ -7,6 +7,7 @@ after a reload.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -15,7 +16,9 @@ import gradio as gr
 
 import app_form as form
 import app_rooms as rooms
+import app_settings as controls
 import app_views as views
+from app_given import whole
 from app_jobs import QueueFull
 from app_page import House, sentence
 from app_speed import CUSTOM
@@ -56,16 +59,13 @@ class Tune:
     def draw(self) -> None:
         """Make the components, inside a tab."""
         parts, card = self.parts, next(iter(self.house.cards.values()))
-        names = [(one.title or one.name, one.name) for one in self.house.cards.values()]
         parts["job"] = gr.BrowserState("", storage_key="leapfrog-tune", secret="not a secret")
         gr.Markdown(
             "Searches the accelerators that are fastest at the likeness you wish, on this computer, and keeps them as a profile: "
             "settings that act only where they were measured.", elem_classes="note",
         )  # fmt: skip
         with gr.Row():
-            parts["model"] = gr.Dropdown(
-                names, value=card.name, label="Model", min_width=140, visible=len(names) > 1
-            )
+            parts["model"] = controls.model_control(self.house.cards, min_width=140)
             sizes = form.sizes(card)
             parts["size"] = gr.Dropdown(
                 sizes,
@@ -75,22 +75,7 @@ class Tune:
                 filterable=False,
                 visible=len(sizes) > 1,
             )
-            parts["steps"] = gr.Number(
-                card.steps or form.STEPS,
-                label="Steps",
-                precision=0,
-                minimum=1,
-                maximum=1000,
-                min_width=90,
-                elem_id="tune-steps",
-            )
-            parts["guidance"] = gr.Number(
-                form.GUIDANCE if card.guidance is None else card.guidance,
-                label="Guidance",
-                minimum=0,
-                maximum=50,
-                min_width=90,
-            )
+            parts["steps"], parts["guidance"] = controls.number_controls(card, elem_id="tune-steps")
         parts["wish"] = gr.Radio(
             [(words, value) for value, words in WISHES.items()], value="psnr>=35", label="How much may the picture differ?",
             elem_classes="chips",
@@ -154,8 +139,7 @@ class Tune:
 
     def asked(self, values: Mapping[str, Any]) -> tuple[Request, str, float, list[str]]:
         """Return settings, wish, minutes and prompts that the controls stand for. Raises: RequestError."""
-        if values["model"] not in self.house.cards:
-            raise RequestError("model", values["model"], f"one of {', '.join(self.house.cards)}")
+        card = self.house.card(values["model"])
         if values["wish"] not in WISHES:
             raise RequestError("wish", values["wish"], f"one of {', '.join(WISHES)}")
         if values["minutes"] not in MINUTES:
@@ -166,10 +150,10 @@ class Tune:
                 raise RequestError("size", values["size"], "one of those in the list")
         settings = Request(
             prompt="-", model=values["model"], width=int(width) if width else None, height=int(height) if height else None,
-            steps=_whole(values["steps"]), guidance=values["guidance"],
+            steps=whole(values["steps"]), guidance=values["guidance"],
         )  # fmt: skip
         prompts = [one.strip() for one in str(values["prompts"] or "").splitlines() if one.strip()]
-        if self.house.cards[values["model"]].takes_class:
+        if card.takes_class:
             settings, prompts = settings.replace(prompt="", class_label=0), []
         for one in prompts:
             settings.replace(prompt=one)
@@ -240,9 +224,8 @@ class Tune:
     def _model(self, model: str) -> tuple[Any, Any, Any, Any]:
         card = self.house.cards[model]
         sizes = form.sizes(card)
-        guidance = form.GUIDANCE if card.guidance is None else card.guidance
         return (
-            gr.Dropdown(sizes, value=sizes[0][1], visible=len(sizes) > 1), card.steps or form.STEPS, guidance,
+            gr.Dropdown(sizes, value=sizes[0][1], visible=len(sizes) > 1), *controls.numbers_of(card),
             gr.Textbox(visible=not card.takes_class),
         )  # fmt: skip
 
@@ -324,8 +307,7 @@ def ended(row: Row) -> str:
         words = f"Profile {report['name']}: {report['summary']}. {runs}."
         return f'<div class="pace" role="status"><b>Found.</b> {safe(words)}</div>'
     reason = str(report.get("reason") or "No profile was found")
+    reason = re.sub(
+        r"psnr>=([\d.]+)", r"a PSNR of \1 dB", re.sub(r"speedup>=([\d.]+)", r"a speed-up of \1x", reason)
+    )
     return f'<div class="trouble caution" role="status">{safe(reason[:1].upper() + reason[1:])}. {safe(runs)}.</div>'
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value

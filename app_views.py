@@ -5,6 +5,7 @@ Everything that came from outside goes through `safe`.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,9 @@ COLOURS = {
     "decode": "#b45309",
     "save": "#6d28d9",
 }
+_INSIDE = {"full": "these settings", "prompt-free": "these settings, but no prompt,", "none": "no settings"}
+_PREVIEW = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]{1,200000}={0,2}\Z")
+_FIRST = "There is none here yet. Open one that is on this computer, or download one; then a prompt is all it takes."
 STATES, SHOWN_ROWS = drawn.STATES, 200
 safe, timeline = drawn.safe, drawn.timeline
 
@@ -51,7 +55,9 @@ def chips(facts: Sequence[tuple[str, str, str]], problem: str = "") -> str:
         + "</span>"
         for name, value, more in facts
     )
-    return f'<div class="chiprow" role="status" aria-label="State of this page">{shown}</div>{trouble(problem)}'
+    return (
+        f'<div class="chiprow" role="status" aria-label="State of this page">{shown}</div>{trouble(problem)}'
+    )
 
 
 def trouble(words: str) -> str:
@@ -92,8 +98,8 @@ def _short(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:160]}..."
 
 
-def empty() -> str:
-    """Return what stands where the picture will be."""
+def empty(bare: bool = False) -> str:
+    """Return what stands where the picture will be; `bare` where there is no model to make one."""
     frog = (
         '<svg viewBox="0 0 64 64" fill="none" stroke="currentColor" stroke-width="2.6" stroke-linecap="round" '
         'stroke-linejoin="round" aria-hidden="true"><path d="M14 27a7.5 7.5 0 1 1 13-7q5-1.2 10 0a7.5 7.5 0 1 1 13 7"/>'
@@ -101,8 +107,8 @@ def empty() -> str:
         '<path d="M20.5 20.5v.5M43.5 20.5v.5" stroke-width="4"/></svg>'
     )
     return (
-        f'<div class="welcome">{frog}<h2>What shall it be?</h2>'
-        "<p>Write a prompt and press Generate, or start from one of these.</p></div>"
+        f'<div class="welcome">{frog}<h2>{"First, a model" if bare else "What shall it be?"}</h2>'
+        f"<p>{_FIRST if bare else 'Write a prompt and press Generate, or start from one of these.'}</p></div>"
     )
 
 
@@ -132,15 +138,18 @@ def progress(job: Job, ahead: int = 0) -> str:
     )
 
 
+def preview(job: Job) -> str:
+    """Return the running estimate of a job as a small picture, or nothing."""
+    now = job.progress
+    if now is None or job.phase != "denoise" or not _PREVIEW.match(now.preview):
+        return ""
+    words = f"The picture so far, an estimate at step {now.step} of {now.steps}"
+    return f'<figure class="sofar"><img src="{now.preview}" alt="{words}"><figcaption>So far: an estimate</figcaption></figure>'
+
+
 def _left(job: Job) -> str:
     now, pace = job.progress, job.pace
-    if (
-        job.comparing
-        or now is None
-        or pace is None
-        or now.phase != "denoise"
-        or now.step - pace[0] < 2
-    ):
+    if job.comparing or now is None or pace is None or now.phase != "denoise" or now.step - pace[0] < 2:
         return ""
     each = (time.monotonic() - pace[1]) / (now.step - pace[0])
     steps = now.steps - now.step + now.steps * (job.request.images - now.picture - 1)
@@ -149,7 +158,11 @@ def _left(job: Job) -> str:
 
 def ended(job: Job) -> str:
     """Return what stands under the button once nothing more happens."""
-    made = f"{job.made} of {job.request.images} pictures were made and saved" if job.made else "Nothing was decoded or saved"
+    made = (
+        f"{job.made} of {job.request.images} pictures were made and saved"
+        if job.made
+        else "Nothing was decoded or saved"
+    )
     if job.stopped:
         return f'<div class="pace" role="status">Stopped. {made}.</div>'
     if job.state == "failed":
@@ -175,7 +188,8 @@ def report(job: Job) -> str:
     pictures = f"first of {request.images} pictures" if request.images > 1 else "this picture"
     return (
         f'<div class="report">{_likeness(job)}<p class="line">{safe(" · ".join(parts))}</p>'
-        f'<p class="files">{safe(files)} · {size}, lossless PNG with these settings inside · saved in {safe(job.folder)}</p>'
+        f'<p class="files">{safe(files)} · {size}, lossless PNG with {_INSIDE[request.metadata]} inside · '
+        f"saved in {safe(job.folder)}</p>"
         f"<details><summary>Run report</summary>{_phases(timings)}"
         f"<h3>Where the work went, step by step ({pictures})</h3>{timeline(run)}"
         f"{_compared(found, request)}{_steps(run)}{_rest(found)}</details>{copies(request)}</div>"
@@ -198,9 +212,7 @@ def _likeness(job: Job) -> str:
         ("SSIM", f"{found['ssim']:.3f}"),
     ]
     told = "".join(f"<tr><th scope='row'>{name}</th><td>{value}</td></tr>" for name, value in rows)
-    rounds = (
-        f"Left exact, right accelerated. Times: median of {found['rounds']} runs of each kind, taken in turns."
-    )
+    rounds = f"Left exact, right accelerated. Times: median of {found['rounds']} runs of each kind, taken in turns."
     verdict = found["verdict"][:1].upper() + found["verdict"][1:]
     return (
         f'<div class="likeness"><h3>Against the exact picture</h3><p><b>{safe(verdict)}.</b></p>'

@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from acceleration._attending import valid_keys
 from acceleration._merging import Plan, Windows, grid_of, plan
-from acceleration._modules import is_feed_forward, parts_of
+from acceleration._modules import is_feed_forward, parts_of, serves_prompt
 from acceleration.base import Run
 from dit.seams import Attending, Block, Blocks, around_blocks, attention_seam, blocks_of
 
-_PROMPT = ("context", "caption", "text", "txt")  # words in the paths of modules that serve the prompt
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -96,17 +95,13 @@ def position_wise(transformer: nn.Module) -> list[Block]:
         if block.path in parts.fused:
             maps = block.module.named_children()
             found += [Block(f"{block.path}.{name}", one) for name, one in maps if isinstance(one, nn.Linear)]
-    return [one for one in found if not _serves_prompt(one.path) and not _is_empty(one.module)]
+    return [one for one in found if not serves_prompt(one.path) and not _is_empty(one.module)]
 
 
 def _is_empty(module: nn.Module) -> bool:
     """Whether a map has no width (a tower left out): what it returns is the same for every token, so merging changes nothing."""
     maps = [one for one in module.modules() if isinstance(one, nn.Linear)]
     return any(0 in (one.in_features, one.out_features) for one in maps)
-
-
-def _serves_prompt(path: str) -> bool:
-    return any(word in path.rsplit(".", 1)[-1] for word in _PROMPT)
 
 
 class Merging:
@@ -278,7 +273,7 @@ class Merging:
             return "it was called outside of the transformer"
         if self._place(path) < 0:
             return "it stands outside of the blocks"
-        if _serves_prompt(path):
+        if serves_prompt(path):
             return "it serves the prompt"
         return "the step could not be told" if branch is None else None
 

@@ -22,6 +22,7 @@ from dit.seams import Block, Blocks, around_blocks, blocks_of
 
 _QUERIES = ("to_q", "to_qkv", "to_qkv_mlp_proj", "q_proj", "qkv", "qkv_proj", "query", "wq", "q", "to_query")
 _FORWARD = ("ff", "ffn", "mlp", "feed_forward", "img_mlp", "txt_mlp", "ff_context")
+_PROMPT = ("context", "caption", "text", "txt")  # words in the names of modules that serve the prompt
 Key = tuple[str, int]  # path of a module, and which of its calls in a forward
 
 
@@ -38,6 +39,11 @@ def is_feed_forward(name: str, module: nn.Module) -> bool:
     return (named or name in _FORWARD) and _weights(module) > 1
 
 
+def serves_prompt(path: str) -> bool:
+    """Whether a module serves the prompt, by the last part of its path."""
+    return any(word in path.rsplit(".", 1)[-1] for word in _PROMPT)
+
+
 def _weights(module: nn.Module) -> int:
     return sum(one.dim() > 1 for one in module.parameters())
 
@@ -49,6 +55,19 @@ class _Targets:
 
     def __len__(self) -> int:
         return len(self.modules) + len(self.fused)
+
+    def stored(self, picture: int, prompt: int) -> int:
+        """Return what one anchor of all holds, in the unit of what a picture's and a prompt's tokens hold: an estimate.
+
+        Attention and fused blocks return both, a feed-forward module one of them.
+        """
+        total = len(self.fused) * (picture + prompt)
+        for one in self.modules:
+            if not is_feed_forward(one.path.rsplit(".", 1)[-1], one.module):
+                total += picture + prompt
+            else:
+                total += prompt if serves_prompt(one.path) else picture
+        return total
 
 
 def parts_of(transformer: nn.Module) -> _Targets:
@@ -213,6 +232,9 @@ class ModuleReuse(Reuse):
         if isinstance(self._way, _Watching | _Forecasting):
             return self._way.module((block.path, number), inner, args, kwargs)
         return inner(*args, **kwargs)
+
+    def _expected(self, sizes: dict[str, int], main: int) -> int:
+        return self.targets.stored(main, sum(sizes.values()) - main)
 
     def _fresh(self) -> Branch:
         return _ModuleBranch(len(self.run.blocks), Judge(self.gate))

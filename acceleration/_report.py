@@ -15,7 +15,8 @@ class RunReport:
     `bytes` is the most that all methods together stored for reuse at one time, `predicted_bytes` what the first full
     calls let expect of it, `predicted_speedup` what the schedules promise of the denoising loop (an estimate). `sparse` of
     the `computed` were computed with sparse attention and `merged` with merged tokens; `attention` says for each layer how
-    dense it was, what recall was measured, and how long it took, or how many of its tokens were kept.
+    dense it was, what recall was measured, and how long it took, or how many of its tokens were kept. `failures` say in words
+    what was wrong with the network's outputs: such a run was no success, whatever it saved.
     """
 
     requested: list[dict[str, Any]]
@@ -34,6 +35,7 @@ class RunReport:
     predicted_bytes: int = 0
     predicted_speedup: float | None = None
     attention: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     @property
     def fraction(self) -> float:
@@ -48,4 +50,5 @@ class RunReport:
         """Return the report in one line."""
         total = self.computed + self.reused + self.forecast
         what = "; ".join(self.effective) or "exact"
-        return f"{what} - {self.computed} of {total} block calls computed ({self.fraction:.0%}) in {self.calls} calls"
+        failed = "".join(f"failed: {words}; " for words in self.failures)
+        return f"{failed}{what} - {self.computed} of {total} block calls computed ({self.fraction:.0%}) in {self.calls} calls"

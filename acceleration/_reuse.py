@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,6 +15,9 @@ from acceleration.gates import Gate, Judge, Sight
 from dit.seams import match, timestep_of
 
 _MAIN = ("hidden_states", "x", "visual_embed")
+_LOG = logging.getLogger(__name__)
+_TOLD = 2**20
+"""Bytes from which on it is said beforehand what will be stored."""
 
 
 class Plan(Protocol):
@@ -69,6 +73,7 @@ class Branch:
     span: range | None = None
     step: int = -1
     expected: int = 0  # bytes that will be stored when there are as many anchors as the order asks for
+    foretold: bool = False  # whether that was said, at the first block
 
     @property
     def bytes(self) -> int:
@@ -149,10 +154,11 @@ class Reuse:
             (sight, forced), self._waiting = self._waiting, None
             output, reason = watched(sight, self._branch, call, reached)
             self._decide(call, self._branch, sight, forced or reason)
-            return output
-        if self._way is None:
-            return call.compute(reached)
-        return self._way.visited(call, reached)
+        else:
+            output = call.compute(reached) if self._way is None else self._way.visited(call, reached)
+        if reached.place == 0 and self._branch is not None and not self._branch.foretold:
+            self._foretell(self._branch, reached, output)
+        return output
 
     def finished(self, call: Call, failed: bool) -> None:
         """Keep what a full call recorded."""
@@ -180,6 +186,27 @@ class Reuse:
             )
         by_time = self.manner.variable == "sigma" and timestep is not None
         return Sight(step, float(timestep or 0.0) if by_time else float(step), call.given, timestep)
+
+    def _foretell(self, branch: Branch, reached: Reached, output: Any) -> None:
+        """Say (in the report, and on standard error where nobody set up logging) what will be stored, before anything is."""
+        branch.foretold = True
+        inputs = reached.tensors()
+        form = match(reached.block.module, inputs, output)
+        if isinstance(form, str) or not form.names:
+            return
+        sizes = {name: inputs[name].numel() * inputs[name].element_size() for name in form.split(output)}
+        main = sizes[main_stream({name: inputs[name] for name in sizes})]
+        expected = self._expected(sizes, main) * (self.manner.order + 1)
+        if self.gate.needs == "first block":
+            expected += main * (getattr(self.gate, "order", 0) + 1)
+        words = f"{self.plan.name} will store {expected / 2**20:.1f} MiB for each guidance branch of this size (an estimate)"
+        if expected >= _TOLD and words not in self.run.notes:
+            self.run.note(words)
+            _LOG.warning(words)
+
+    def _expected(self, sizes: dict[str, int], main: int) -> int:
+        """Return the bytes of one anchor, from those of the streams; `main` is the picture's."""
+        return sum(sizes.values())
 
     def _forced(self, call: Call, branch: Branch) -> str | None:
         """Say in words why a call has to be full before anything is measured; None if it need not."""
@@ -244,10 +271,6 @@ class Reuse:
         branch.keep(parts, way.at, self.manner)
         branch.span, branch.step = way.span, step
         self.run.weigh()
-        if branch.expected >= 2**20:
-            self.run.note(
-                f"{self.plan.name} stores {branch.expected / 2**20:.1f} MiB for a guidance branch of this size (an estimate)"
-            )
 
     def _stale(self, call: Call, branch: Branch) -> str | None:
         """Say why what was recorded may not stand in for the blocks in this call; None if it may."""

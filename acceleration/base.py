@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from acceleration._adapters import adapters_of
+from acceleration._outputs import Outputs
 from acceleration._report import RunReport
 from dit import seams
 from dit.seams import Block, Blocks, Clock, Moment, Tensors
@@ -155,6 +156,7 @@ class Run:
         self.attention: dict[str, Any] = {}  # by layer, what a sparse method did: objects with to_dict()
         self.most_bytes = self.predicted_bytes = 0
         self._control: Control | None = None
+        self._outputs = Outputs()
         self._generation = 0
         self._looked: tuple[int, int] | None = None  # the step at which the adapters were looked at
         self._adapters: tuple[Any, ...] = ()
@@ -218,7 +220,13 @@ class Run:
             predicted_bytes=self.predicted_bytes,
             predicted_speedup=self._promised(longest),
             attention=[row.to_dict() for row in self.attention.values()],
+            failures=self._outputs.look(),
         )
+
+    def _end(self) -> None:
+        """Let go of all tensors, also after an exception."""
+        self._outputs.look()
+        self._kept.clear()
 
     def _promised(self, blocks: int) -> float | None:
         found = [one.predicted_speedup(self._steps_seen, blocks) for one in self.methods if self._steps_seen]
@@ -238,6 +246,7 @@ class Run:
                 "calls whose step could not be told were computed in full; give steps= and calls_per_step="
             )
         self.call = Call(self, moment, given)
+        self._outputs.begin(moment)
 
     def _look(self, moment: Moment) -> None:
         """Drop what is stored if the adapters have changed since the last step."""
@@ -329,13 +338,14 @@ def accelerated(
     with ExitStack() as stack:
         stack.enter_context(seams.patched(transformer, seams.RUN, run))
         stack.enter_context(seams.named_contexts(transformer, run.clock))
+        stack.callback(run._end)
         stack.enter_context(seams.around_calls(transformer, run._enter, run._leave))
+        stack.callback(transformer.register_forward_hook(run._outputs.returned).remove)
         for method in sorted(methods, key=lambda one: -one.depth):
             stack.enter_context(method.attached(transformer, run))
         if run._control is None:
             stack.enter_context(run.controlled_by(_Watching()))
         yield run
-    run._kept.clear()
     for method in methods if run.cells else ():
         words = method.untouched(run)
         if words is not None:

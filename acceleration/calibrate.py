@@ -7,7 +7,9 @@ Differs: the threshold follows from a wished speed-up or a wished error, and is 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -81,15 +83,17 @@ class Profile:
         return method.replace(threshold=self.threshold(speedup=speedup, error=error))
 
     def save(self, path: Path) -> None:
-        """Write the profile as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write the profile as JSON: whole, or not at all."""
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Read a profile. Raises: ValueError if it is none."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is no calibration profile: {error}") from None
 
 
@@ -146,6 +150,44 @@ def calibrate(
         rows=[exact, *rows],
         trace=trace,
     )
+
+
+def calibrated(
+    transformer: nn.Module,
+    method: TaylorCache,
+    play: Callable[[], Any],
+    *,
+    folder: Path,
+    digest: str,
+    scheduler: str,
+    steps: int,
+    speedup: float | None = None,
+    error: float | None = None,
+) -> TaylorCache:
+    """Return the method with the threshold that fulfils a wish, from the profile that `folder` holds of it.
+
+    Without one for this method, checkpoint (`digest` tells it from others), scheduler and number of steps, `play()` is called
+    for one exact run, and its profile is stored there.
+
+    Raises:
+        Refused: as `calibrate`.
+        ValueError: as `Profile.tuned`, or a file in the profile's place that is none.
+    """
+    place = folder / stored_name(method, digest=digest, scheduler=scheduler, steps=steps)
+    if place.is_file():
+        profile = Profile.load(place)
+    else:
+        profile = calibrate(transformer, method, play, steps=steps, digest=digest, scheduler=scheduler)
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.save(place)
+    return profile.tuned(digest=digest, scheduler=scheduler, steps=steps, speedup=speedup, error=error)
+
+
+def stored_name(method: TaylorCache, *, digest: str, scheduler: str, steps: int) -> str:
+    """Return the file name of a profile; whatever the threshold, for that is what it finds."""
+    about = [method.replace(threshold=None).to_dict(), digest, scheduler, steps]
+    mark = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{method.name}-{method.gate}-{steps}-{mark}.json"
 
 
 class _Observed(Accelerator):

@@ -140,8 +140,9 @@ class TaylorCache(Accelerator):
         widths = Counter(one.in_features for one in blocks[0].module.modules() if isinstance(one, nn.Linear))
         width = widths.most_common(1)[0][0] if widths else 0
         kind = dtype or next(transformer.parameters()).dtype
-        stored = 1 if self.level == "last-block" else len(parts_of(transformer))
-        values = (self.order + 1) * (tokens + text_tokens) * stored
+        whole = self.level == "last-block"
+        stored = tokens + text_tokens if whole else parts_of(transformer).stored(tokens, text_tokens)
+        values = (self.order + 1) * stored
         if self.gate in ("confidence", "first-block"):
             values += (self.order + 1 if self.gate == "confidence" else 1) * tokens
         return values * width * images * branches * kind.itemsize

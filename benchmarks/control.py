@@ -51,9 +51,15 @@ class Bench:
         self.made = 0
 
     def make(
-        self, steering: Steering = (), *, prompts: Sequence[str] | None = None, steps: int | None = None
+        self,
+        steering: Steering = (),
+        *,
+        prompts: Sequence[str] | None = None,
+        steps: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Return pictures uint8 [n, 3, H, W] of all prompts, each with its own seed."""
+        """Return pictures uint8 [n, 3, H, W] of all prompts, each with its own seed; `size`: height and width in px."""
+        height, width = size or (None, None)
         asked, steps = list(self.prompts if prompts is None else prompts), steps or self.steps
         found = []
         for i in range(0, len(asked), self.batch):
@@ -62,7 +68,7 @@ class Bench:
             with controlled(self.base.transformer, *uses, steps=steps, memory=Memory()):
                 images = self.base.pipeline(
                     asked[rows], seeds=range(len(asked))[rows], num_inference_steps=steps, guidance_scale=self.guidance,
-                    output_type="pt",
+                    output_type="pt", height=height, width=width,
                 ).images  # fmt: skip
             found.append((images.float().cpu().clamp(0, 1) * 255).round().byte())
             self.made += len(images)
@@ -119,7 +125,7 @@ def alone(
 def elsewhere(
     bench: Bench, kind: str, adapter: ControlAdapter, conditions: Tensor
 ) -> dict[str, dict[str, float]]:
-    """Return the score, and that without control, with schedulers and counts of steps that training did not use."""
+    """Return the score, and that without control, with schedulers, counts of steps and an aspect that training did not use."""
     pipeline, found = bench.base.pipeline, {}
     own = pipeline.scheduler
     for name, steps in (("dpm++2m", bench.steps), ("heun", bench.steps), ("euler", max(4, bench.steps // 2))):
@@ -131,6 +137,14 @@ def elsewhere(
             }
         finally:
             pipeline.scheduler = own
+    rest = bench.pictures.pixels.shape[2] // 4  # white above and below
+    tall = torch.nn.functional.pad(bench.pictures.pixels, (0, 0, rest, rest), value=255)
+    height, width = tall.shape[2:]
+    conditions = made_of(tall, kind)
+    found[f"{width}x{height} px"] = {
+        "without": score(kind, bench.make(size=(height, width)), conditions),
+        "adapter": score(kind, bench.make([(adapter, conditions, 1.0)], size=(height, width)), conditions),
+    }
     return found
 
 

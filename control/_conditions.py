@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from control.base import Refused
 from dit.spec import Spec
@@ -57,6 +57,16 @@ def read_picture(source: str | Path | bytes | Image.Image, what: str = "the pict
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Refused(f"{what} must have at most {PIXEL_LIMIT // 1_000_000} million pixels") from None
+    except (UnidentifiedImageError, FileNotFoundError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        words = (
+            "there is no such file"
+            if missing
+            else "no picture is recognised in it"
+            if data
+            else "it is empty"
+        )
+        raise Refused(f"{what} must be a readable PNG, JPEG, WebP or BMP picture ({words})") from None
     except (OSError, ValueError, SyntaxError) as error:
         words = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise Refused(f"{what} must be a readable PNG, JPEG, WebP or BMP picture ({words})") from None

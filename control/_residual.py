@@ -17,12 +17,22 @@ from torch import Tensor, nn
 from control._tokens import on_grid
 from control._trunk import Sides, Trunk, fitted_to, repeated
 from control.base import ControlRun, Refused, Use
-from dit.seams import RUN, Block, Blocks, Tensors, around_blocks, blocks_of, match, tensor_arguments
+from dit.seams import (
+    RUN,
+    Block,
+    Blocks,
+    Tensors,
+    arguments,
+    around_blocks,
+    blocks_of,
+    match,
+    tensor_arguments,
+)
 
 IMAGE = ("hidden_states", "x", "hidden")
 """What blocks call the stream of the picture."""
 
-Residual = Callable[[int, Tensors, Tensor], Tensor | None]
+Residual = Callable[[int, dict[str, Any], Tensor], Tensor | None]
 
 
 @contextmanager
@@ -31,7 +41,7 @@ def residual_after(transformer: nn.Module, places: Mapping[int, Any], residual: 
 
     Args:
         places: indices of blocks in the order of `blocks_of` (the values are the caller's).
-        residual: called with the place, the block's tensor arguments by name (its inputs) and the picture's stream
+        residual: called with the place, the block's arguments by name (its inputs) and the picture's stream
             [B, N, D] that the block returned; returns what is added, or None for nothing.
 
     Raises: Refused for a place that does not exist, or in a call for a block without a recognisable picture stream.
@@ -53,7 +63,7 @@ def residual_after(transformer: nn.Module, places: Mapping[int, Any], residual: 
         name = next((one for one in IMAGE if one in streams), None)
         if name is None:
             raise Refused(f"no residual after {block.path}: it returns {', '.join(streams) or 'no stream'}")
-        added = residual(chosen[block.path], inputs, streams[name])
+        added = residual(chosen[block.path], arguments(block.module, args, kwargs), streams[name])
         return output if added is None else form.join(streams | {name: streams[name] + added})
 
     held = Blocks(tuple(block for block in blocks if block.path in chosen))

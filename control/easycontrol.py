@@ -304,7 +304,9 @@ class _Hearing:
     def _key(self, uses: list[Use]) -> tuple[Any, ...]:
         """What decides a pass beside its tensors: settings, weights, and adapters that act on the weights."""
         run, acting = self.run, [one for one in self.run.uses if one.adapter.acts_on_weights]
-        others = tuple((one.adapter, run.strength(one), mark(one.adapter), one.adapter.variant(one)) for one in acting)
+        others = tuple(
+            (one.adapter, run.strength(one), mark(one.adapter), one.adapter.variant(one)) for one in acting
+        )
         number = None if run.moment is None else run.moment.run
         if self._probed[0] != number or number is None:
             self._probed = (number, probe(self.transformer, *(use.adapter for use in self.uses)))
@@ -358,7 +360,13 @@ def read_official(file: ControlFile, transformer: nn.Module) -> tuple[Control, M
         what = f"{strange[0]} among its keys" if strange else f"{len(numbers)} conditions in one file"
         raise Refused(f"{file.name} has {what}; a released EasyControl file holds the LoRA of one condition")
     weights = from_official(file.weights, numbers[0])
-    rank = next(x.shape[0] for key, x in weights.items() if key.endswith("lora_A.weight"))
+    rank, width = next(x.shape for key, x in weights.items() if key.endswith("lora_A.weight"))
+    facts = facts_of(transformer)
+    here = 0 if isinstance(facts, str) else facts.places(transformer)[0].attn.to_q.in_features
+    if here not in (0, width):  # what has no places at all is refused with its reason later
+        raise Refused(
+            f"{file.name} is for a FLUX transformer of width {width}, and this {type(transformer).__name__} has {here}"
+        )
     positions = "rows" if "subject" in file.name.lower() else "corner"
     return EasyControl(rank=rank, positions=positions, conditioning="prompt"), weights
 

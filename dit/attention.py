@@ -73,7 +73,9 @@ class JointProcessor:
             k = rotate(k, image_rotary_emb)
             skipped = k.shape[1] - q.shape[1]
             q = rotate(q, (image_rotary_emb[0][..., skipped:, :], image_rotary_emb[1][..., skipped:, :]))
-        attended = (attention or attend)(q, k, v, attention_mask, processor=self)  # [B, L + N, K or K', head size]
+        attended = (attention or attend)(
+            q, k, v, attention_mask, processor=self
+        )  # [B, L + N, K or K', head size]
         if heads is not None and keep is None:
             attended = attended * heads[:, None, :, None].to(attended.dtype)
         out = attended.flatten(2).to(hidden_states.dtype)
@@ -124,7 +126,10 @@ class Attention(nn.Module, AttentionModuleMixin):
         if not pre_only:
             self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Identity()])
         if joint:
-            self.add_k_proj, self.add_v_proj = nn.Linear(width, width, bias=bias), nn.Linear(width, width, bias=bias)
+            self.add_k_proj, self.add_v_proj = (
+                nn.Linear(width, width, bias=bias),
+                nn.Linear(width, width, bias=bias),
+            )
             self.norm_added_k = norm()
             if not context_pre_only:
                 self.add_q_proj, self.to_add_out = nn.Linear(width, width, bias=bias), nn.Linear(width, width)
@@ -141,14 +146,20 @@ class Attention(nn.Module, AttentionModuleMixin):
         **kwargs: Any,
     ) -> Any:
         """[B, N, D] (and text [B, L, D]) -> [B, N, D], or the pair (image, text) unless the text is pre-only."""
-        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        return self.processor(
+            self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
+        )
 
     def project(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> queries, keys, values [B, N, K, head size], normalised; of the heads `keep` alone where given."""
         if keep is not None:
             q, k, v = (self._split(self._some(one, x, keep)) for one in (self.to_q, self.to_k, self.to_v))
             return self.norm_q(q), self.norm_k(k), v
-        q, k, v = self.to_qkv(x).chunk(3, dim=-1) if self.fused_projections else (self.to_q(x), self.to_k(x), self.to_v(x))
+        q, k, v = (
+            self.to_qkv(x).chunk(3, dim=-1)
+            if self.fused_projections
+            else (self.to_q(x), self.to_k(x), self.to_v(x))
+        )
         q, k, v = self._split(q), self._split(k), self._split(v)
         return self.norm_q(q), self.norm_k(k), v
 
@@ -220,5 +231,15 @@ def skipped(
     return hidden_states, encoder_hidden_states
 
 
+def joint_mask(text: Tensor | None, tokens: int) -> Tensor | None:
+    """Turn a mask of text tokens [B, L] into one of the keys of a joint sequence, text first: [B, 1, 1, L + N]."""
+    if text is None:
+        return None
+    keys = nn.functional.pad(text.bool(), (0, tokens), value=True)
+    return keys[:, None, None, :]
+
+
 # Not by `register`, which first imports many transformers; diffusers does that when it looks something up.
-AttentionProcessorRegistry._registry[JointProcessor] = AttentionProcessorMetadata(skip_processor_output_fn=skipped)
+AttentionProcessorRegistry._registry[JointProcessor] = AttentionProcessorMetadata(
+    skip_processor_output_fn=skipped
+)

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.ledger import activated_of, parameters_of
-from dit.model import Context, register_block
+from dit.model import BLOCK_GROUPS, Backbone, Context, register_block
 from dit.routing import RouteDecision
 from dit.seams import arguments
 
@@ -137,7 +137,7 @@ class PlainBlockGroup(_Group):
 
 
 def group_blocks(model: Any, stacks: Mapping[str, BlockMixture]) -> list[str]:
-    """Put groups in the place of consecutive blocks, in place, and return the paths of the groups.
+    """Put groups in the place of consecutive blocks, in place, and return the paths of the groups; ours are saved with them.
 
     Args:
         model: one of our backbones or a diffusers transformer whose blocks take `hidden_states` and `temb` (Flux, SD3, ...).
@@ -160,6 +160,11 @@ def group_blocks(model: Any, stacks: Mapping[str, BlockMixture]) -> list[str]:
             for one in members
         ]
         setattr(model, name, nn.ModuleList(stack))
+    if isinstance(model, Backbone):
+        earlier = model.config.get(BLOCK_GROUPS, {})
+        model.register_to_config(
+            **{BLOCK_GROUPS: earlier | {name: asdict(one) for name, one in stacks.items()}}
+        )
     return made
 
 

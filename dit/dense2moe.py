@@ -223,9 +223,11 @@ def load_converted(folder: Path | str, *, torch_dtype: torch.dtype | None = None
     about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     cls = network_class(folder)
     model = cls.from_config(cls.load_config(folder))
-    if about["experts"] is not None and perceptrons_of(model)[0]:  # ours come converted from their config
+    if (
+        about["experts"] is not None and perceptrons_of(model)[0]
+    ):  # ours come converted, and grouped, from their config
         convert(model, about["experts"], random_scores(model, 0))
-    if about["groups"]:
+    if about["groups"] and not groups_of(model):
         group_blocks(model, {name: BlockMixture(**one) for name, one in about["groups"].items()})
     tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
     model.load_state_dict(tensors, strict=True)

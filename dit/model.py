@@ -25,6 +25,9 @@ from dit.spec import Spec, parse
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
+BLOCK_GROUPS = "_block_groups"
+"""Where a config says which blocks form groups; diffusers leaves keys that begin so out of `__init__`, and saves them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -74,6 +77,17 @@ class Backbone(
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["pos_embed", "norm"]
     gradient_checkpointing = False
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build the untrained network of a config, its blocks in groups where they were when it was saved."""
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        model = made[0] if return_unused_kwargs else made
+        if groups := model.config.get(BLOCK_GROUPS):
+            from dit.block_mixture import BlockMixture, group_blocks
+
+            group_blocks(model, {name: BlockMixture(**one) for name, one in groups.items()})
+        return made
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Return the named losses (load balance, FLOPs target, ...) that the last forward pass left in its modules, summed."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dit.experts.dense import Experts
+from dit.experts.dense import Experts, routed
 from dit.mixers.full import Mixer
 from dit.model import Context, register_block
 from dit.modulation import ZeroModulation, modulate
@@ -80,9 +80,7 @@ class SceneBlock(nn.Module):
         if temb is not context.emb:
             context = dataclasses.replace(context, emb=temb)
         streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
-        streams = (
-            self._body(streams, context) if self.router is None else self.router(self._body, streams, context)
-        )
+        streams = routed(self.router, self._body, streams, context)
         encoder_hidden_states, hidden_states = streams["encoder_hidden_states"], streams["hidden_states"]
         return encoder_hidden_states, hidden_states
 

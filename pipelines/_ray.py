@@ -79,7 +79,11 @@ def make(request: dict[str, Any], name: str, ending: str, board: Any) -> dict[st
         result = generate(Request.from_dict(request), on_step=on_step)
         with tempfile.TemporaryDirectory() as folder:
             paths = result.save(Path(folder) / f"item{ending}")
-            files = {path.suffix: path.read_bytes() for path in (paths[0], paths[0].with_suffix(".json"))}
+            both = (
+                paths[0],
+                paths[0].with_suffix(".json"),
+            )  # the second is not there where no metadata is wanted
+            files = {path.suffix: path.read_bytes() for path in both if path.exists()}
         return {"files": files, "report": result.report}
     except Cancelled:
         return {"stopped": True}

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from pipelines._serve_decoding import look
 from pipelines._serve_desk import UPLOAD, Desk, Refusal
 from pipelines.guard import UPLOAD_MB, inside, within
 from pipelines.inputs import PIXEL_LIMIT
@@ -23,6 +24,8 @@ from pipelines.video_files import PIXEL_LIMIT as CLIP_PIXELS
 
 SIDE_LIMIT = 16_384
 """Most px of one side of an upload."""
+SCANS, SCANNED = 1000, 16 * PIXEL_LIMIT
+"""Most passes over a progressive JPEG, and most pixels of all of them: a file of some MB can ask for thousands."""
 UPLOADS, UPLOAD_BYTES = 200, 1_000_000_000
 """Most uploads of one owner, and most bytes of them together."""
 KEPT_SECONDS = 7 * 86_400.0
@@ -48,7 +51,7 @@ KINDS = {
 def picture_of(data: bytes) -> tuple[str, int, int]:
     """Return suffix, width and height in px of an upload after checking it; nothing is decoded.
 
-    Of an MP4 only the kind and the bytes are checked here (and 0x0 returned): whoever opens it counts its frames first.
+    Of an MP4 only the kind and the bytes are checked here, and 0x0 returned: `keep` has its frames decoded elsewhere.
 
     Raises:
         RequestError: too large in bytes, px or frames, damaged, or no PNG, JPEG, WebP or MP4 by its content.
@@ -62,17 +65,21 @@ def picture_of(data: bytes) -> tuple[str, int, int]:
     known = next((one for one in _MAGIC if data.startswith(one[0])), None)
     if known is None or (known[1] == "WEBP" and data[8:12] != b"WEBP"):
         raise RequestError("file", data[:12], "a PNG, JPEG or WebP picture or an MP4, by its content")
+    _check_sides(
+        *_webp_sides(data) if known[1] == "WEBP" else (1, 1)
+    )  # to open one takes memory for its canvas
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
             with Image.open(io.BytesIO(data), formats=(known[1],)) as opened:
                 width, height = opened.size
+                _check_sides(width, height)
                 frames = int(getattr(opened, "n_frames", 1))
-                if width * height > PIXEL_LIMIT or max(width, height) > SIDE_LIMIT:
+                scans = data.count(b"\xff\xda") if known[1] == "JPEG" else 1
+                if scans > SCANS or scans * width * height > SCANNED:
                     raise RequestError(
-                        "file", f"{width}x{height} px",
-                        f"a picture of at most {PIXEL_LIMIT // 1_000_000} million pixels and {SIDE_LIMIT} px a side",
-                    )  # fmt: skip
+                        "file", f"{scans} scans", f"a JPEG of at most {SCANNED // (width * height)} scans"
+                    )
                 if frames > 1 and (frames > FRAME_LIMIT or frames * width * height > CLIP_PIXELS):
                     words = f"a clip of at most {FRAME_LIMIT} frames and {CLIP_PIXELS // 1_000_000} million pixels"
                     raise RequestError("file", f"{frames} frames", words)
@@ -87,9 +94,29 @@ def picture_of(data: bytes) -> tuple[str, int, int]:
     return known[2], width, height
 
 
+def _check_sides(width: int, height: int) -> None:
+    if width * height > PIXEL_LIMIT or max(width, height) > SIDE_LIMIT:
+        allowed = f"a picture of at most {PIXEL_LIMIT // 1_000_000} million pixels and {SIDE_LIMIT} px a side"
+        raise RequestError("file", f"{width}x{height} px", allowed)
+
+
+def _webp_sides(data: bytes) -> tuple[int, int]:
+    """Return width and height that the first part of a WebP names: its canvas, or its only picture."""
+    kind, place = data[12:16], data[20:30].ljust(10, b"\0")
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(place[4:7], "little"), 1 + int.from_bytes(place[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(place[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(place[6:8], "little") & 0x3FFF, int.from_bytes(place[8:10], "little") & 0x3FFF
+
+
 def keep(desk: Desk, owner: str, data: bytes) -> dict[str, Any]:
     """Check an upload and save it for its owner; return what HTTP answers. Raises: RequestError, Refusal, SaveError."""
     suffix, width, height = picture_of(data)
+    frames = 1
+    if suffix == ".mp4":
+        width, height, frames = look(data)
     folder = desk.uploads / owner
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with desk.lock:
@@ -105,7 +132,7 @@ def keep(desk: Desk, owner: str, data: bytes) -> dict[str, Any]:
         write_file(folder / f"{name}{suffix}", data)
     return {
         "id": name, "object": "file", "bytes": len(data), "created_at": int(time.time()), "filename": f"{name}{suffix}",
-        "purpose": "vision", "leapfrog": {"width": width, "height": height},
+        "purpose": "vision", "leapfrog": {"width": width, "height": height} | ({"frames": frames} if suffix == ".mp4" else {}),
     }  # fmt: skip
 
 

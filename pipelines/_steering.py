@@ -103,7 +103,9 @@ class Steered:
         rows = [part.to_dict() for part in self.parts]
         if found is not None:
             rows = [one | row for one, row in zip(rows, found.uses, strict=True)]
-        rows += [{"field": one.field, "given": one.bare().text, "strength": 0.0, "calls": 0} for one in self.off]
+        rows += [
+            {"field": one.field, "given": one.bare().text, "strength": 0.0, "calls": 0} for one in self.off
+        ]
         whole = {} if found is None else {"calls": found.calls, "bytes": found.bytes, "notes": found.notes}
         covered = [self._coverage(part) for part in self.parts]
         for row, words in zip(rows, covered, strict=False):
@@ -213,6 +215,9 @@ def _condition(pipeline: Any, part: Part, adapter: ControlAdapter) -> Any:
             raise error_of(
                 part, f"given without a task: {part.file.path.name} is {adapter.control.name} and has none"
             )
+        tasks = getattr(adapter.control, "tasks", ())
+        if choice.task is None and len(tasks) > 1:
+            raise error_of(part, f"given with task=.., one of {', '.join(tasks)}")
         return choice.task
     assert part.condition is not None
     latents = encoded(pipeline, part.condition)

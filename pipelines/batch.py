@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines._batch_folder import BATCH, Folder, pages
 from pipelines._engines import FULL, engine_for
 from pipelines._planning import Plan, plan
+from pipelines.metadata import told_of
+from pipelines.request import Request
 
 if TYPE_CHECKING:
     from pipelines._engines import Engine
@@ -31,6 +33,8 @@ PAUSE = 0.1
 """Between two looks at the ledger, in s."""
 LATEST = 2**62
 """Asks a ledger for the number of its last change alone."""
+TOLD = ("pixels", "timings", "warnings", "failures", "summary", "exact")
+"""What results.jsonl has of a report."""
 ADDED = 500
 """Items that are put into the ledger in one transaction."""
 
@@ -222,9 +226,8 @@ def export(output: str | Path) -> list[Path]:
                     "error": job.error,
                     "tries": job.tries,
                 }
-                lines["failures.jsonl"].append(
-                    json.dumps(told | {"request": job.item.request, "tags": job.item.tags})
-                )
+                request = told_of(Request.from_dict(job.item.request), {})[0]
+                lines["failures.jsonl"].append(json.dumps(told | {"request": request, "tags": job.item.tags}))
     paths = []
     for name, found in lines.items():
         path = folder.output / name
@@ -244,14 +247,11 @@ def _result(
     }
     if job.name in packed:
         place = {"shard": packed[job.name], "member": member_key(job), "sha256": job.sha256}
-    report = {
-        name: job.report[name]
-        for name in ("pixels", "timings", "warnings", "failures", "summary", "exact")
-        if name in job.report
-    }
+    request, report = told_of(Request.from_dict(job.item.request), job.report)
+    report = {name: report[name] for name in TOLD if name in report}
     return {
         "id": job.item.id, "key": job.key, **place, "equal": equal.get(job.item.id, []), "tags": job.item.tags,
-        "request": job.item.request, "report": report, "seconds": job.ended - job.started, "tries": job.tries,
+        "request": request, "report": report, "seconds": job.ended - job.started, "tries": job.tries,
     }  # fmt: skip
 
 

@@ -89,7 +89,9 @@ def confirmed(request: Any, was: Mapping[str, Any], named: Mapping[str, Any]) ->
                 kind.field, shown, f"given again with {flag}: a file cannot choose what is opened"
             )
     mask = was.get("mask")
-    if request.mask is not None and "mask" not in changes:
+    from pipelines._inpainting import written
+
+    if request.mask is not None and "mask" not in changes and not written(request.mask):
         name = mask.get("name") if isinstance(mask, Mapping) else None
         raise RequestError("mask", name, "given again with --mask: a file cannot choose what is opened")
     return changes
@@ -104,12 +106,13 @@ def steered(request: Any, card: Any, folder: Path, inputs: Any) -> Any:
         return inputs
     from pipelines import _inpainting, _steering_files
 
-    size = None if inputs.image is None else inputs.image.size
-    found = _steering_files.prepare(request, folder, card, size)
     part = _inpainting.prepare(request, card, inputs.image)
+    image = inputs.image if part is None else part.image  # on a larger canvas, where more is made around it
+    size = None if image is None else image.size
+    found = _steering_files.prepare(request, folder, card, size)
     mask = {} if part is None else {"mask": part.digest}
     return dataclasses.replace(
-        inputs, steering=found, inpainting=part, digests=inputs.digests | mask | found.digests()
+        inputs, image=image, steering=found, inpainting=part, digests=inputs.digests | mask | found.digests()
     )
 
 

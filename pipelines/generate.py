@@ -25,6 +25,7 @@ from pipelines.inputs import Inputs, read_inputs
 from pipelines.ladder import Rung, climbing
 from pipelines.networks import accelerated_networks, check_accelerators, reported
 from pipelines.panel_sets import apart, check_panels
+from pipelines.previews import OnPreview, previewing
 from pipelines.request import Request, RequestError
 from pipelines.result import Picture, Result, pixel_hash
 
@@ -57,12 +58,14 @@ def generate(
     on_step: OnStep | None = None,
     retry: bool = True,
     keep: Latents | None = None,
+    on_preview: OnPreview | None = None,
 ) -> Result:
     """Make the pictures of a request.
 
     Args:
         on_step: called with a `Progress` at every phase and after every evaluation; returning False stops the run.
         keep: where latents are kept until they are decoded; with a folder they outlive the process, and `forget` deletes them.
+        on_preview: called now and then with a small picture of the running estimate (`pipelines.previews`); it changes no pixel.
         retry: make a picture again, exactly, where the accelerated one holds NaN or one colour; its report says so.
 
     Raises:
@@ -70,7 +73,7 @@ def generate(
         Unavailable: no such device, or a hub that cannot be reached.
         Cancelled: stopped by `on_step`.
     """
-    watch = _Watch(on_step, keep)
+    watch = _Watch(on_step, keep, on_preview)
     watch.tell("load")
     folder, card = catalog.prepare(catalog.find(request.model))
     check(request, card)
@@ -155,13 +158,16 @@ def _performed(
         output, noted = kept
         decode = {"decode": time.perf_counter() - start}
         return output, given, noted | {"timings": noted["timings"] | decode, "resumed": "from kept latents"}
-    given = arguments(pipeline, request, loaded.card, inputs.image, inputs)  # with a generator that is not used up
+    given = arguments(
+        pipeline, request, loaded.card, inputs.image, inputs
+    )  # with a generator that is not used up
 
     def noted_so_far() -> dict[str, Any]:
         return reported(runs, watch.calls) | {"timings": watch.timings(start, watch.last)}
 
     with (
         watch.watching(pipeline, given, start),
+        previewing(pipeline, given, watch.on_preview),
         controls.steering(pipeline, given, request, inputs),
         accelerated_networks(pipeline, request, given) as runs,
         ranks.shared_networks(pipeline),  # last: accelerators are to see a rank's own tokens
@@ -189,7 +195,9 @@ def _picture(request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch) ->
         warnings.append(f"asked for {request.frames} frames, made {len(frames)}: the nearest that it can")
     if "overlap" in given:
         count, window = runs_of(pipeline, given), given["window"]
-        warnings.append(f"made in {count} windows of {window} frames, {given['overlap']} or more of them given")
+        warnings.append(
+            f"made in {count} windows of {window} frames, {given['overlap']} or more of them given"
+        )
     made = (frames[0].width, frames[0].height)
     asked = (request.width or made[0], request.height or made[1])
     if made != asked:
@@ -308,7 +316,10 @@ def _cut_prompt(pipeline: Any, prompt: str, given: dict[str, Any]) -> list[str]:
 class _Watch:
     """Tell the caller where a run stands, and measure its phases by the first and last call of the network."""
 
-    def __init__(self, on_step: OnStep | None, kept: Latents | None) -> None:
+    def __init__(
+        self, on_step: OnStep | None, kept: Latents | None, on_preview: OnPreview | None = None
+    ) -> None:
+        self.on_preview = on_preview
         self.on_step, self.begin, self.picture = on_step, time.perf_counter(), 0
         self.phase, self.kept = "load", Latents() if kept is None else kept
         self.calls, self.first, self.last = 0, 0.0, 0.0

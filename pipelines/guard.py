@@ -15,6 +15,8 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 
 from pipelines._serve_keys import SESSION_SECONDS, TRIES_IN, AddressError, Keys, Login, Sessions, Throttle
 from pipelines._serve_names import Hosts, address, inside, loopback, within
@@ -39,6 +41,7 @@ _CLOSED = (
     "/gradio_api/proxy=",
 )
 _DESCRIPTION = "/openapi.json"
+_UPLOAD = "/gradio_api/upload"
 _DATA = ("/v1/", "/healthz", "/metrics", _DESCRIPTION)
 """Paths that no page is at: a browser may do nothing with what they answer."""
 _POLICY = (
@@ -162,6 +165,8 @@ class Guard:
             await self.app(inner, limited if scope["type"] == "http" else receive, headed)
         except _Refused as error:
             await _refuse(visit, error, headed)
+        except ClientDisconnect:  # in the middle of what it sent: nobody is there to be answered
+            return
         except HTTPException as error:  # of `_limited`, where the app let it through
             if sent[0]:
                 raise
@@ -279,6 +284,8 @@ class Guard:
         body = b""
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
@@ -297,6 +304,12 @@ class Guard:
         """Return a `receive` that counts what comes in, and does not wait for ever."""
         most, got, over = self.limits.of(visit.path), 0, False
 
+        def ended(status: int, words: str) -> Exception:
+            # gradio's parser leaves what it has written on the disk, whatever happens, but for its own kind of error
+            return (
+                MultiPartException(words) if visit.path.startswith(_UPLOAD) else HTTPException(status, words)
+            )
+
         async def limited() -> Message:
             nonlocal got, over
             if over:  # the whole body is here: now the only news is that the other side left
@@ -304,11 +317,13 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), self.limits.seconds)
             except TimeoutError:
-                raise HTTPException(408, "the rest of the request did not come") from None
+                raise ended(408, "the rest of the request did not come") from None
+            if message["type"] == "http.disconnect" and visit.path.startswith(_UPLOAD):
+                raise ended(400, "the rest of the upload did not come")
             got += len(message.get("body", b""))
             over = not message.get("more_body", False)
             if got > most:
-                raise HTTPException(413, f"at most {most} bytes may be sent here")
+                raise ended(413, f"at most {most} bytes may be sent here, the maximum allowed size")
             return message
 
         return limited

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipelines.request import RequestError
+from pipelines.request import INPUTS, WITHHELD, Request, RequestError, bare, model_name
 
 KEY = "leapfrog"
 """Name of the text chunk that holds the JSON."""
@@ -74,6 +74,63 @@ def write_metadata(request: dict[str, Any], report: dict[str, Any]) -> str:
     if len(text) > LIMIT:
         raise RequestError("report", len(text), f"at most {LIMIT} characters of JSON")
     return text
+
+
+def file_text(request: Request, report: dict[str, Any]) -> str | None:
+    """Return the JSON text that a saved file holds at the request's level of metadata; None where it is to tell nothing."""
+    return None if request.metadata == "none" else write_metadata(*told_of(request, report))
+
+
+def told_of(request: Request, report: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the request and the report that others may read: no path of this computer, no more words than its metadata allows."""
+    if request.metadata == "none":
+        return {}, {}
+    told, report = request.told(), _placeless(report, _places(request))
+    if request.metadata == "prompt-free":
+        prompts = [request.prompt, request.negative_prompt, request.prompts or ""]
+        words = {part.strip() for one in prompts for part in (one, *one.split("|")) if part.strip()}
+        report = _without(report, sorted(words, key=len, reverse=True))
+    return told, report
+
+
+def _without(value: Any, words: list[str]) -> Any:
+    """Return a report without the words of its prompts: a text that holds some of them says so, and no more."""
+    if isinstance(value, str):
+        held = any(value == one or (len(one) > 2 and one in value) for one in words)
+        return WITHHELD if held else value
+    if isinstance(value, dict):
+        return {key: _without(one, words) for key, one in value.items()}
+    return [_without(one, words) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _places(request: Request) -> dict[str, str]:
+    """Return the paths that a request names, in every form they may be told in, and the names that others hear instead."""
+    named: list[Any] = [getattr(request, name) for name in (*INPUTS, "profile")]
+    for one in (*request.controls, *request.loras):
+        named += [getattr(one, name, None) for name in ("file", "adapter", "region")]
+    found = {one: bare(one) for one in named if isinstance(one, str) and one}
+    found[request.model] = model_name(request.model)
+    for place, name in list(found.items()):
+        try:
+            full = Path(place).expanduser()
+            found |= {str(full.absolute()): name, str(full.resolve()): name}
+        except (OSError, ValueError, RuntimeError):  # no path of this system
+            continue
+    found = {
+        place: name for place, name in found.items() if place != name and ("/" in place or "\\" in place)
+    }
+    return found | ({str(Path.home()): "~"} if len(str(Path.home())) > 1 else {})
+
+
+def _placeless(value: Any, places: dict[str, str]) -> Any:
+    """Return a report in which files and folders are called by their names alone."""
+    if isinstance(value, str):
+        for place in sorted(places, key=len, reverse=True):
+            value = value.replace(place, places[place])
+        return value
+    if isinstance(value, dict):
+        return {key: _placeless(one, places) for key, one in value.items()}
+    return [_placeless(one, places) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _dump(request: dict[str, Any], report: dict[str, Any]) -> str:

@@ -27,10 +27,18 @@ TASKS = (
 INPUTS = ("image", "last_image", "clip", "mask")
 """Fields that name a file to be read."""
 _FILES = (*INPUTS, "model", "profile")
-_NUMBERS = {"keyframes": (-999, 999), "region": (0, 4096), "scene_frames": (1, 1000), "window_seeds": (0, LARGEST_SEED)}
+_NUMBERS = {
+    "keyframes": (-999, 999),
+    "region": (0, 4096),
+    "scene_frames": (1, 1000),
+    "window_seeds": (0, LARGEST_SEED),
+}
 
 LAYOUTS = ("grid", "row", "column")
 KNOWN = ("re-inject", "clean-tokens", "sdedit")
+METADATA = ("full", "prompt-free", "none")
+WITHHELD = "(left out of the file)"
+"""What stands in a saved file for words that it does not tell."""
 
 _DEVICE = re.compile(r"(auto|cpu|mps|(cuda|xpu)(:\d{1,2})?)\Z")
 
@@ -89,7 +97,9 @@ class Request:
     keyframes: str | None = knob(None, "Frames that are given, for example 0,7,15")
     region: str | None = knob(None, "Box that is made anew in every frame, in px: left,top,right,bottom")
     mask: str | None = knob(None, "Picture or clip, white where something is made anew")
-    window: int | None = knob(None, "Frames of a window of a long clip; scenes of one of a story", low=1, high=1000)
+    window: int | None = knob(
+        None, "Frames of a window of a long clip; scenes of one of a story", low=1, high=1000
+    )
     overlap: int | None = knob(None, "Frames that a window goes on from", low=1, high=999, unit="frames")
     window_seeds: str | None = knob(None, "A seed for each window or scene, for example 3,5,9")
     scene_frames: str | None = knob(None, "Frames of the scenes of a story: one number, or one each")
@@ -99,8 +109,12 @@ class Request:
     )
     layout: str = knob("grid", "How the pictures of a set lie together", choices=LAYOUTS)
     known: str = knob(
-        "re-inject", "How the first picture of a set is held, where a starting picture gives it", choices=KNOWN
+        "re-inject",
+        "How the first picture of a set is held, where a starting picture gives it",
+        choices=KNOWN,
     )
+
+    metadata: str = knob("full", "What a saved file tells of how it was made", choices=METADATA)
 
     def __post_init__(self) -> None:
         for name in _FILES:
@@ -150,7 +164,9 @@ class Request:
         if self.mask is not None and self.task is not None:
             raise RequestError("mask", self.mask, f"left out where a task is named ({self.task})")
         if self.window_seeds is not None and self.images > 1:
-            raise RequestError("window_seeds", self.window_seeds, "left out where several clips are asked for")
+            raise RequestError(
+                "window_seeds", self.window_seeds, "left out where several clips are asked for"
+            )
         if self.clip is not None and (self.image is not None or self.last_image is not None):
             raise RequestError("clip", self.clip, "left out where a first or last picture is given")
         if self.clip is None and self.task not in (None, "unconditional"):
@@ -163,11 +179,16 @@ class Request:
             raise RequestError(self.task, None, f"given for the task {self.task}")
         box = [int(one) for one in (self.region or "0,0,1,1").split(",")]
         if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
-            raise RequestError("region", self.region, "left,top,right,bottom in px, with left < right and top < bottom")
+            raise RequestError(
+                "region", self.region, "left,top,right,bottom in px, with left < right and top < bottom"
+            )
 
     def _check_texts(self) -> None:
         _check_text(
-            "prompt", self.prompt, PROMPT_LENGTH, empty=self.class_label is not None or self.prompts is not None
+            "prompt",
+            self.prompt,
+            PROMPT_LENGTH,
+            empty=self.class_label is not None or self.prompts is not None,
         )
         self._check_clip()
         for name in ("last_image", "clip", "mask"):
@@ -209,10 +230,17 @@ class Request:
         """
         given = {name: getattr(self, name) for name in INPUTS}
         named: dict[str, Any] = {name: bare(path) for name, path in given.items() if path is not None}
+        named |= {
+            "model": model_name(self.model),
+            "profile": None if self.profile is None else bare(self.profile),
+        }
         if self.controls or self.loras:
             from pipelines._choices import bare_all
 
             named |= {name: bare_all(cast(Any, getattr(self, name))) for name in ("controls", "loras")}
+        if self.metadata != "full":
+            words = ("prompt", "negative_prompt", "prompts")
+            named |= {name: WITHHELD for name in words if getattr(self, name)}
         return self.replace(**named).to_dict()
 
     @classmethod
@@ -269,6 +297,17 @@ def nearest(word: str, words: Any) -> str:
 def bare(path: str) -> str:
     """Return the name of a file without its folder."""
     return Path(path).name or path
+
+
+def model_name(model: str) -> str:
+    """Return what to call a model to others: a folder of this computer by its name, a shipped model and a hub id as they are."""
+    place = model.startswith(("/", "\\", "~", ".")) or model[1:2] == ":"
+    try:
+        if place or Path(model).is_dir():
+            return bare(str(Path(model.replace("\\", "/")).expanduser().resolve()))
+    except (OSError, ValueError, RuntimeError):  # no path that this system knows, or the home of nobody
+        return bare(model.replace("\\", "/")) if place else model
+    return model
 
 
 def shorten(value: object, length: int = 80) -> str:

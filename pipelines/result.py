@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.metadata import FRAMES_JSON, KEY, write_metadata
-from pipelines.request import Request
+from pipelines.metadata import FRAMES_JSON, KEY, file_text
+from pipelines.request import WITHHELD, Request, model_name
 from pipelines.video_files import FORMATS, FPS, LOSSY, encode
 
 if TYPE_CHECKING:
@@ -65,9 +65,10 @@ class Picture:
         """Return the file: a PNG (of a clip an animated PNG), lossless, with request and report inside."""
         from PIL.PngImagePlugin import PngInfo
 
-        info = PngInfo()
-        info.add_text(KEY, write_metadata(self.request.told(), self.report))
-        info.add_itxt("parameters", self._line())
+        info, text = PngInfo(), file_text(self.request, self.report)
+        if text is not None:
+            info.add_text(KEY, text)
+            info.add_itxt("parameters", self._line())
         buffer = io.BytesIO()
         more: dict[str, Any] = {}
         if len(self.frames) > 1:
@@ -83,15 +84,14 @@ class Picture:
 
     def file(self, ending: str) -> bytes | dict[str, bytes]:
         """Return the file in the format of an ending of `pipelines.video_files.FORMATS`; of a folder all its files by name."""
-        text = write_metadata(self.request.told(), self.report)
+        text = file_text(self.request, self.report)
         if ending == ".frames":
             names = (f"{index:04d}.png" for index in range(len(self.frames)))
-            return {name: _png(one) for name, one in zip(names, self.frames, strict=False)} | {
-                FRAMES_JSON: text.encode()
-            }
+            told = {} if text is None else {FRAMES_JSON: text.encode()}
+            return {name: _png(one) for name, one in zip(names, self.frames, strict=False)} | told
         if ending in LOSSY:
             fps = float(self.report.get("effective", {}).get("fps") or FPS)
-            return encode(self.frames, ending, fps, text)
+            return encode(self.frames, ending, fps, text or "")
         return self.png()
 
     def _line(self) -> str:
@@ -102,11 +102,13 @@ class Picture:
             "CFG scale": effective.get("guidance"),
             "Seed": request.seed,
             "Size": f"{self.image.width}x{self.image.height}",
-            "Model": request.model,
+            "Model": model_name(request.model),
             "Accelerators": "; ".join(map(str, request.accelerators)) or "none (exact)",
         }
         lines = [request.prompt or f"class {request.class_label}"]
         lines += [f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else []
+        if request.metadata != "full":
+            lines = [WITHHELD]
         return "\n".join(
             [*lines, ", ".join(f"{key}: {value}" for key, value in told.items() if value is not None)]
         )
@@ -136,7 +138,7 @@ class Result:
         return not self.report.get("failures")
 
     def save(self, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
-        """Save every picture as PNG with a JSON file of the same name beside it.
+        """Save every picture as PNG with a JSON file of the same name beside it, unless its request asks for no metadata.
 
         Args:
             path: a file, of a clip also one that ends in .mp4, .gif or .frames (a folder of PNG frames), more pictures
@@ -157,13 +159,14 @@ class Result:
                 if one.exists():
                     raise SaveError(one, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
         for picture, target in zip(self.pictures, paths, strict=True):
-            text = write_metadata(picture.request.told(), picture.report)
+            text = file_text(picture.request, picture.report)
             made = picture.file(target.suffix.lower())
             if isinstance(made, dict):
                 write_folder(target, made, overwrite=overwrite)
             else:
                 write_file(target, made, overwrite=overwrite)
-            write_file(target.with_suffix(".json"), text.encode(), overwrite=overwrite)
+            if text is not None:
+                write_file(target.with_suffix(".json"), text.encode(), overwrite=overwrite)
         self.report.setdefault("timings", {})["save"] = time.perf_counter() - start
         return paths
 
@@ -276,6 +279,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def _slug(request: Request) -> str:
+    if request.metadata != "full":  # a name is told as well
+        return "picture"
     text = request.prompt or f"class {request.class_label}"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "picture"
 

@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from pipelines import _serve_files as files
 from pipelines import _serve_images as images
@@ -299,6 +300,7 @@ def _errors(api: FastAPI) -> None:
         lambda error: (507 if error.full else 503, "ledger", "the job ledger cannot be used now", None),
     )
     told(Unavailable, lambda error: (503, "unavailable", str(error), None))
+    told(ClientDisconnect, lambda _: (499, "left", "the caller left in the middle of what it sent", None))
 
     async def strange(request: Request, error: Exception) -> Response:
         _log.error("%s %s failed", request.method, request.url.path, exc_info=error)

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pipelines.request import RequestError
+from pipelines.metadata import told_of
+from pipelines.request import Request, RequestError
 from pipelines.result import SaveError, sync_folder
 
 if TYPE_CHECKING:
@@ -260,9 +261,9 @@ def member_key(job: Job) -> str:
 
 
 def _about(job: Job) -> dict[str, Any]:
-    return {
-        "id": job.item.id, "key": job.key, "tags": job.item.tags, "request": job.item.request, "report": job.report,
-    }  # fmt: skip
+    """Return what a shard tells of a job: it is made to be given away, so no path of this computer."""
+    request, report = told_of(Request.from_dict(job.item.request), job.report)
+    return {"id": job.item.id, "key": job.key, "tags": job.item.tags, "request": request, "report": report}
 
 
 def _write_tar(file: IO[bytes], jobs: Sequence[Job]) -> None:
@@ -303,7 +304,7 @@ def _row(job: Job) -> dict[str, Any]:
     about, path = _about(job), Path(job.files[0])
     told = {name: json.dumps(about[name], sort_keys=True) for name in ("request", "report", "tags")}
     return {
-        "id": job.item.id, "key": job.key, "prompt": job.item.request.get("prompt", ""), **told,
+        "id": job.item.id, "key": job.key, "prompt": about["request"].get("prompt", ""), **told,
         "seed": job.item.request.get("seed", 0),
         "media": {"bytes": path.read_bytes(), "path": f"{member_key(job)}{path.suffix.lower()}"},
     }  # fmt: skip

@@ -150,7 +150,7 @@ def _film(path: Path, field: str) -> tuple[list[Image], float | None]:
                 raise RequestError(field, str(path), "a file with pictures in it; this one has none")
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
-            stream.codec_context.options = {"err_detect": "explode"}
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(PIXEL_LIMIT)}
             said, size = stream.frames, stream.width * stream.height
             _check_size(path, field, said or 1, size)
             fps = float(stream.average_rate) if stream.average_rate else None

@@ -31,6 +31,8 @@ from pipelines.jobs import Job, Ledger, LedgerError
 from pipelines.request import Request, RequestError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from pipelines.generate import Progress
 
 __all__ = ["BrokenDevice", "DiskFull", "Pool", "Worker", "main", "told"]
@@ -201,7 +203,8 @@ class Worker:
             from pipelines._kept import Latents
             from pipelines.generate import generate
 
-            result = generate(request, on_step=pulse.step, keep=Latents(self._kept(job)))
+            seen = pulse.seen if job.item.tags.get("preview") else None
+            result = generate(request, on_step=pulse.step, keep=Latents(self._kept(job)), on_preview=seen)
         return {"": result}, result.report
 
     def _kept(self, job: Job) -> Path:
@@ -216,7 +219,7 @@ class _Pulse:
 
     def __init__(self, ledger: Ledger, job: Job, seconds: float, stopping: threading.Event) -> None:
         self.ledger, self.job, self.seconds, self.stopping = ledger, job, seconds, stopping
-        self.lost, self.heard = False, time.monotonic()
+        self.lost, self.heard, self.preview = False, time.monotonic(), ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="leapfrog-pulse", daemon=True)
 
@@ -232,7 +235,17 @@ class _Pulse:
         """Take note of where a run stands; False asks it to stop."""
         import dataclasses
 
-        return self.tell(dataclasses.asdict(progress))
+        more = {"preview": self.preview} if self.preview and progress.phase == "denoise" else {}
+        return self.tell(dataclasses.asdict(progress) | more)
+
+    def seen(self, picture: Image) -> None:
+        """Attach a small picture of the running estimate to the next heartbeats."""
+        import base64
+        import io
+
+        file = io.BytesIO()
+        picture.convert("RGB").save(file, "JPEG", quality=75)
+        self.preview = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def tell(self, progress: dict[str, Any]) -> bool:
         """Beat with a progress; False if the job is to be stopped."""

@@ -164,7 +164,9 @@ def test_cancelling_a_running_job_ends_it_within_a_step_and_never_decodes(jobs: 
     after = jobs.submit(Request(prompt="next"))
     run(jobs, fake, after)
     assert (jobs.refresh(job).state, fake.decoded, job.paths) == ("cancelled", 1, [])
-    until(lambda: [one.name for one in jobs.folder.glob("*")] == ["0.png"])  # a draft goes after its job is done
+    until(
+        lambda: [one.name for one in jobs.folder.glob("*")] == ["0.png"]
+    )  # a draft goes after its job is done
 
 
 def test_cancelling_a_waiting_job_takes_it_out_of_the_queue(jobs: Jobs, fake: Fake) -> None:
@@ -311,7 +313,11 @@ def painted(folder: Path, picture: Any, strokes: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     for name, one in (("background", picture), ("layer", layer)):
         one.save(folder / f"{name}.png")
-    return {"background": str(folder / "background.png"), "layers": [str(folder / "layer.png")], "composite": None}
+    return {
+        "background": str(folder / "background.png"),
+        "layers": [str(folder / "layer.png")],
+        "composite": None,
+    }
 
 
 def test_a_painted_part_becomes_a_mask_of_the_pictures_own_pixels(methods: Any, tmp_path: Path) -> None:
@@ -438,7 +444,14 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     job = Job(Request(prompt="dog"), tmp_path, name="x", state="failed", error=nasty)
     chips = views.chips([(nasty, nasty, nasty)], nasty)
     table = views.differences(nasty, [(nasty, nasty, nasty)], [nasty])
-    for shown in (views.trouble(nasty), views.ended(job), chips, table, views.note(nasty), views.player(nasty, nasty)):
+    for shown in (
+        views.trouble(nasty),
+        views.ended(job),
+        chips,
+        table,
+        views.note(nasty),
+        views.player(nasty, nasty),
+    ):
         assert not any(sign in shown for sign in ("<img", "${", "{{", "@children"))
     assert "&lt;img src=x" in views.trouble(nasty)
     assert "<" not in form.about(Card(name="x", summary="<script>[a](b)")).replace("\\<", "")
@@ -692,10 +705,12 @@ def test_submitting_writes_the_seed_back_and_watching_ends_with_the_original_byt
     assert page._again(YOU, job.name)[page.parts["job"]] == "", "a name alone opens nothing"
 
 
-def test_what_is_added_to_the_queue_has_the_file_type_that_was_chosen(jobs: Jobs, fake: Fake, page_of: Any) -> None:
+def test_what_is_added_to_the_queue_has_the_file_type_that_was_chosen(
+    jobs: Jobs, fake: Fake, page_of: Any
+) -> None:
     page, _ = page_of(jobs)
     card = Card(name="toy", task="text-to-video", pipeline="TextToVideoPipeline", width=64, height=64)
-    page.cards["toy"] = card
+    page.cards["toy"] = page.house.cards["toy"] = card
     given = form.values_of(Request(model="toy", prompt="a dog", seed=5), card, page.methods)
     for ending, wanted in ((".mp4", ".mp4"), (".gif", ".gif"), (".png", "")):
         values = given | {"file_type": ending}
@@ -763,8 +778,11 @@ def test_settings_come_back_from_a_file(jobs: Jobs, page_of: Any, tmp_path: Path
     assert updates[page.inputs["seed"]] == "9"
     assert updates[page.inputs["delta-cache.interval"]] == 4
     assert updates[page.inputs["speed"]] == form.CUSTOM
-    assert set(updates) >= set(page.inputs.values())
-    again = page.reuse.differences(request, tuple(form.values_of(request, CARD, page.methods)[name] for name in page.inputs))
+    untold = {page.inputs["folder"], page.inputs["preview"]}  # what no picture tells stays as it is
+    assert set(updates) & set(page.inputs.values()) == set(page.inputs.values()) - untold
+    again = page.reuse.differences(
+        request, tuple(form.values_of(request, CARD, page.methods)[name] for name in page.inputs)
+    )
     assert again == []
 
 
@@ -831,9 +849,25 @@ def test_a_comparison_shows_both_pictures_and_what_was_measured(
     page, _ = page_of(jobs)
     given = controls(page.methods, speed=speed.BALANCED, images=3)
     values = [given[name] for name in page.inputs]
-    noted = [given[name] for name in ("model", "size", "steps", "images", "speed", "frames", "profile", "scheduler", "guidance")]
+    noted = [
+        given[name]
+        for name in (
+            "model",
+            "size",
+            "steps",
+            "images",
+            "speed",
+            "frames",
+            "profile",
+            "scheduler",
+            "guidance",
+        )
+    ]
     before = page._notes(*noted)
-    assert "Not measured on this model yet at 20 steps: delta-cache, as documented" in before[page.parts["speed_note"]]
+    assert (
+        "Not measured on this model yet at 20 steps: delta-cache, as documented"
+        in before[page.parts["speed_note"]]
+    )
     assert "First run of this kind" in before[page.parts["estimate"]]
     job = jobs.get(page._measure(ME, "", *values)[page.parts["job"]])
     assert job is not None
@@ -851,7 +885,10 @@ def test_a_comparison_shows_both_pictures_and_what_was_measured(
     assert [one["caption"].rpartition(": ")[2] for one in gallery] == ["exact", "accelerated"]
     assert "Against the exact picture" not in views.report(Job(job.request, tmp_path, report=job.report))
     after = page._notes(*noted)[page.parts["speed_note"]]
-    assert "measured 2.00x end to end, PSNR 36.6 dB (worst 36.6 dB), on one picture only made on this computer" in after
+    assert (
+        "measured 2.00x end to end, PSNR 36.6 dB (worst 36.6 dB), on one picture only made on this computer"
+        in after
+    )
     jobs.close()
 
 
@@ -883,3 +920,58 @@ def test_a_profile_is_chosen_among_the_known(
     for name in ("profiles/quick.json", str(tmp_path / "profiles" / "quick.json"), "other"):
         with pytest.raises(RequestError, match="profile must be one of quick"):
             form.request_of(controls(methods, speed=form.CUSTOM, profile=name), methods)
+
+
+def test_a_page_without_any_model_offers_ways_to_one_and_takes_it_up(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app_page import NOBODY, Page
+    from pipelines import catalog
+
+    monkeypatch.setattr(catalog, "CHECKPOINTS", tmp_path)
+    monkeypatch.setenv("LEAPFROG_STATE", str(tmp_path / "state"))
+    assert app.cards_for(None) == {}
+
+    page = Page(jobs, {})
+    page.build()
+    house, create, models = page.house, page.tabs["Create"], page.tabs["Models"]
+    assert (house.models, list(house.cards)) == ([], [NOBODY.name])
+    assert create.parts["first_box"].visible
+    assert "First, a model" in create.parts["empty"].value
+    house.enter(ME, None)  # type: ignore[arg-type]
+    given = form.values_of(Request(model=NOBODY.name, prompt="a dog"), NOBODY, create.methods)
+    told = create._submit(ME, "", *(given[name] for name in create.inputs))
+    assert "opened or downloaded first" in told[create.parts["status"]]
+    assert jobs.ledger.counts()["waiting"] == 0
+    models._known("toy", CARD)
+    assert (house.models, list(create.cards)) == (["toy"], ["toy"])
+    updates = create.renewed(NOBODY.name)
+    assert value_of(updates[create.inputs["model"]]) == "toy"
+    assert updates[create.parts["first_box"]].visible is False
+    assert create.renewed("toy").keys() == {create.inputs["model"]}, "who has chosen keeps the form"
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "a/../../b", "~", "c:x", "con", "a\\b", "a\0b", "link", "file", "x" * 300])
+def test_a_folder_that_a_browser_names_lies_inside_the_output_folder(tmp_path: Path, name: str) -> None:
+    from app_settings import folder_of
+
+    root = tmp_path / "out"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    (root / "file").touch()
+    for text, wanted in (("", root), (" birds/today/ ", root / "birds" / "today")):
+        assert folder_of(root, text) == wanted
+    if name == "/etc":  # a slash in front is taken off: it is a name like any other
+        assert folder_of(root, name) == root / "etc"
+        return
+    with pytest.raises(RequestError, match="folder"):
+        folder_of(root, name)
+
+
+def test_the_folder_the_metadata_and_the_preview_reach_the_ledger(jobs: Jobs, page_of: Any) -> None:
+    page, _ = page_of(jobs)
+    given = controls(page.methods, folder="birds", metadata="prompt-free", preview=False)
+    page._add(ME, "", *(given[name] for name in page.inputs))
+    row = jobs.ledger.jobs(limit=1)[0]
+    assert (Path(row.item.folder), row.item.request["metadata"]) == (jobs.folder / "birds", "prompt-free")
+    assert row.item.tags["preview"] is False

@@ -23,7 +23,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-
 WAIT = 60_000
 """Longest wait for anything, in ms: busy machines are slow."""
 
-# The page's process may open connections to this computer only; anything else is told and refused.
+# The page's process may open connections to this computer only; anything else is told and refused. While a file named "hold"
+# lies in its output folder, every step takes a tenth of a second: a run then lasts longer than what a test does meanwhile.
 _OFFLINE = """
 import ipaddress, socket, sys
 inner = socket.socket.connect
@@ -33,6 +34,14 @@ def connect(self, address):
         raise OSError("blocked by the test")
     return inner(self, address)
 socket.socket.connect = connect
+import os, time
+from pipelines import generate
+tell = generate._Watch.tell
+def slowly(self, *words, **more):
+    if os.path.exists(os.environ["HOLD"]):
+        time.sleep(0.1)
+    return tell(self, *words, **more)
+generate._Watch.tell = slowly
 import app
 sys.exit(app.main(sys.argv[1:]))
 """
@@ -110,7 +119,7 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     """Start the page as a person would, without a network; return its address and the folder of its pictures."""
     output, state = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("state")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    environment["LEAPFROG_STATE"] = str(state)
+    environment |= {"LEAPFROG_STATE": str(state), "HOLD": str(output / "hold")}
     for name in ("SPACE_ID", "LEAPFROG_AUTH", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_TEMP_DIR"):
         environment.pop(name, None)
     command = [sys.executable, "-c", _OFFLINE, "--model", str(model), "--output", str(output)]
@@ -264,11 +273,13 @@ def test_a_comparison_with_the_exact_picture(tab: Any, served: tuple[str, Path])
 def test_a_reload_in_the_middle_takes_the_run_up_again_and_others_never_see_it(
     tab: Any, browser: Any, served: tuple[str, Path]
 ) -> None:
+    (served[1] / "hold").touch()
     tab.locator("#prompt textarea").fill("a long dog")
     number(tab, "Steps", 100)
     number(tab, "How many", 16)
     tab.locator("#generate").click()
-    playwright.expect(tab.locator("#status")).to_contain_text("step")
+    playwright.expect(tab.locator(".sofar img")).to_be_visible()
+    playwright.expect(tab.locator("#status")).to_contain_text("picture 2 of 16")
     tab.reload()
     playwright.expect(tab.locator("#status")).to_contain_text("of 16")
     playwright.expect(tab.locator("#stop-all")).to_be_visible()
@@ -280,6 +291,8 @@ def test_a_reload_in_the_middle_takes_the_run_up_again_and_others_never_see_it(
     tab.get_by_role("tab", name="Create").click()
     tab.locator("#stop-all").click()
     playwright.expect(tab.locator("#status")).to_contain_text("Stopped")
+    (served[1] / "hold").unlink()
+    playwright.expect(tab.locator(".sofar")).to_have_count(0)
     assert 0 < len(list(served[1].glob("a-long-dog-*.png"))) < 16
 
 

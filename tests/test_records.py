@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 
 import app_batch
+import app_first
 import app_history
 import app_models
+import app_page
 import app_records as records
 import app_system
 from app_jobs import Jobs
@@ -110,9 +112,16 @@ def plan(batches: Batches, file: Path, *more: Path, owner: str = "ann", into: st
 
 
 def test_a_plan_tells_items_duplicates_and_room(batches: Batches, tmp_path: Path) -> None:
-    file = manifest(tmp_path / "up", {"id": "a", "prompt": "dog", "n": 2}, {"prompt": "cat"}, {"prompt": "cat"})
+    file = manifest(
+        tmp_path / "up", {"id": "a", "prompt": "dog", "n": 2}, {"prompt": "cat"}, {"prompt": "cat"}
+    )
     _, _, found = plan(batches, file)
-    assert (len(found.manifest.entries), found.manifest.repeated, len(found.missing), found.done) == (3, 1, 3, 0)
+    assert (len(found.manifest.entries), found.manifest.repeated, len(found.missing), found.done) == (
+        3,
+        1,
+        3,
+        0,
+    )
     shown = app_batch.plan_view(found, 12.0)
     assert "of them 1 asked for twice" in shown
     assert "about 12 s for one worker (estimate)" in shown
@@ -140,7 +149,12 @@ def test_an_uploaded_manifest_opens_nothing_but_what_came_with_it(
 
 
 def test_all_mistakes_are_told_with_their_lines_and_shown_escaped(batches: Batches, tmp_path: Path) -> None:
-    file = manifest(tmp_path / "up", {"prompt": "dog", "steps": 0}, {"promt": "cat"}, {"prompt": "<img src=x>", "seed": "<b>"})
+    file = manifest(
+        tmp_path / "up",
+        {"prompt": "dog", "steps": 0},
+        {"promt": "cat"},
+        {"prompt": "<img src=x>", "seed": "<b>"},
+    )
     with pytest.raises(ManifestError) as told:
         plan(batches, file)
     assert {one.line for one in told.value.problems} == {1, 2, 3}
@@ -150,9 +164,12 @@ def test_all_mistakes_are_told_with_their_lines_and_shown_escaped(batches: Batch
 
 
 @pytest.mark.parametrize(
-    "names", [(), ("a.jsonl", "b.csv"), ("a.jsonl", ".x.png"), ("a.jsonl", "con.png"), ("a.jsonl", "x.png", "X.png")]
+    "names",
+    [(), ("a.jsonl", "b.csv"), ("a.jsonl", ".x.png"), ("a.jsonl", "con.png"), ("a.jsonl", "x.png", "X.png")],
 )
-def test_uploads_that_cannot_be_used_are_refused(batches: Batches, tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_uploads_that_cannot_be_used_are_refused(
+    batches: Batches, tmp_path: Path, names: tuple[str, ...]
+) -> None:
     files = []
     for place, name in enumerate(names):
         (tmp_path / str(place)).mkdir()
@@ -254,14 +271,13 @@ def test_priorities_make_the_order_that_was_asked_for(alone: bool) -> None:
             assert alone or max(made, default=0) <= 0
 
 
-class House:
+class House(app_page.House):
     """What the tabs need of the page, without a page."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.jobs = Jobs(folder, ledger=folder / "jobs.sqlite", workers=0)
-        self.cards = {"emoji": catalog.shipped()["emoji"]}
-        self.tabs: dict[str, Any] = {}
+        super().__init__(
+            Jobs(folder, ledger=folder / "jobs.sqlite", workers=0), {"emoji": catalog.shipped()["emoji"]}
+        )
 
 
 @pytest.fixture
@@ -328,11 +344,15 @@ def test_moving_ones_own_never_overtakes_others(house: House) -> None:
 def test_a_missing_model_is_found_by_its_weights_or_told(house: House) -> None:
     digest = digests_of({"model": "emoji"})["emoji"]
     asked = Request(prompt="dog", model="emoji", image="/home/ann/private/start.png").to_dict()
-    found, told = records.matched(asked, {"weights": digest, "image": {"name": "start.png", "sha256": "sha256:12"}}, house.cards)
+    found, told = records.matched(
+        asked, {"weights": digest, "image": {"name": "start.png", "sha256": "sha256:12"}}, house.cards
+    )
     assert found is not None
     assert found.model == "emoji"
     assert told == ["Its image start.png (sha256:12) is to be given again."]
-    found, told = records.matched(asked | {"model": "/home/bob/emoji", "image": None}, {"weights": digest}, house.cards)
+    found, told = records.matched(
+        asked | {"model": "/home/bob/emoji", "image": None}, {"weights": digest}, house.cards
+    )
     assert found is not None
     assert found.model == "emoji"
     assert "weights are the same" in told[0]
@@ -361,7 +381,11 @@ class FakeHub:
     """A hub with one model; every question is noted."""
 
     def __init__(self, transformer: bytes = weights({"x": 4})) -> None:
-        index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": [None, None]}
+        index = {
+            "_class_name": "FluxPipeline",
+            "transformer": ["diffusers", "FluxTransformer2DModel"],
+            "vae": [None, None],
+        }
         self.files = {
             "model_index.json": json.dumps(index).encode(), "transformer/config.json": b'{"_class_name": "FluxTransformer2DModel"}',
             "transformer/diffusion_pytorch_model.safetensors": transformer, "evil.py": b"import os", "transformer/evil.py": b"",
@@ -404,8 +428,16 @@ def test_a_download_is_offered_first_and_can_be_put_away(tmp_path: Path) -> None
     download.join(20)
     assert (download.state, download.error) == ("done", "")
     found = library.describe(download.name)
-    assert (found.source, found.refused, found.license, found.parameters) == ("downloaded", "", "apache-2.0", 4)
-    assert [(part.name, part.state) for part in found.parts] == [("transformer", "present"), ("vae", "elsewhere")]
+    assert (found.source, found.refused, found.license, found.parameters) == (
+        "downloaded",
+        "",
+        "apache-2.0",
+        4,
+    )
+    assert [(part.name, part.state) for part in found.parts] == [
+        ("transformer", "present"),
+        ("vae", "elsewhere"),
+    ]
     assert download.name in library.cards()
     assert not list(Path(download.name).rglob("*.py"))
     place = library.remove(download.name)
@@ -437,7 +469,9 @@ def test_what_is_no_safetensors_is_not_kept_and_a_download_can_be_stopped(tmp_pa
         Download(library, dataclasses.replace(offer, free=10)).start()
 
 
-@pytest.mark.parametrize("model", ["", "emoji", "/etc/passwd", "a/b/c", "../x", "a/..", "http://x/y", "org/na me", "org/-x"])
+@pytest.mark.parametrize(
+    "model", ["", "emoji", "/etc/passwd", "a/b/c", "../x", "a/..", "http://x/y", "org/na me", "org/-x"]
+)
 def test_what_is_no_hub_id_is_not_even_asked_for(tmp_path: Path, model: str) -> None:
     hub = FakeHub()
     with pytest.raises(ModelError):
@@ -465,7 +499,9 @@ def test_a_folder_is_opened_remembered_and_refused_where_it_is_unsafe(tmp_path: 
     assert (name, card.title) == (str(tmp_path / "mine"), "emoji")
     assert list(Library(tmp_path / "state").cards()) == [name]
     assert not library.removable(name)
-    (tmp_path / "mine" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x80\x04 pickle")
+    (tmp_path / "mine" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(
+        b"\x80\x04 pickle"
+    )
     assert library.cards() == {}
     found = library.describe(name)
     assert found.refused
@@ -483,9 +519,17 @@ def test_the_list_of_models_may_be_damaged(tmp_path: Path) -> None:
         assert Library(tmp_path).names() == list(catalog.shipped())
 
 
-def visit(client: str = "127.0.0.1", host: str = "localhost:7860", owner: str = "", user: str | None = None, **headers: str) -> Any:
+def visit(
+    client: str = "127.0.0.1",
+    host: str = "localhost:7860",
+    owner: str = "",
+    user: str | None = None,
+    **headers: str,
+) -> Any:
     given = {"host": host} | {name.replace("_", "-"): value for name, value in headers.items()}
-    inner = SimpleNamespace(client=SimpleNamespace(host=client), headers=given, scope={"state": {"owner": owner}})
+    inner = SimpleNamespace(
+        client=SimpleNamespace(host=client), headers=given, scope={"state": {"owner": owner}}
+    )
     return SimpleNamespace(request=inner, username=user)
 
 
@@ -509,7 +553,9 @@ def test_a_model_is_told_with_its_parts_and_whether_it_is_safe(tmp_path: Path) -
     assert (found.source, found.refused, found.dtypes) == ("shipped", "", "BF16")
     assert found.digest.startswith("sha256:")
     assert {part.name: part.state for part in found.parts}["transformer"] == "present"
-    shown = app_models.about_view(dataclasses.replace(found, title="<b>x</b>"), [("style", "lora", "1 MB", "8/8 keys")])
+    shown = app_models.about_view(
+        dataclasses.replace(found, title="<b>x</b>"), [("style", "lora", "1 MB", "8/8 keys")]
+    )
     assert "<b>x" not in shown
     assert "8/8 keys" in shown
     assert "of a package of its own" in shown
@@ -521,22 +567,29 @@ def test_a_model_is_told_with_its_parts_and_whether_it_is_safe(tmp_path: Path) -
 def test_the_first_screen_offers_three_ways_and_asks_nobody() -> None:
     import gradio as gr
 
-    cards = app_models.FirstScreen(catalog.shipped())
+    cards = app_first.FirstScreen(catalog.shipped())
     with gr.Blocks() as page:
         cards.draw()
         cards.connect()
     shown = json.dumps(page.get_config_file())
-    for words in ("Try the built-in model", "Open a model on this computer", "Download a model", "Nothing leaves this computer."):
+    for words in (
+        "Try the built-in model",
+        "Open a model on this computer",
+        "Download a model",
+        "Nothing leaves this computer.",
+    ):
         assert words in shown
     assert list(cards.parts) == ["builtin", "open", "download"]
     assert cards.parts["builtin"].interactive
-    other = app_models.FirstScreen({})
+    other = app_first.FirstScreen({})
     with gr.Blocks():
         other.draw()
     assert not other.parts["builtin"].interactive
 
 
-def test_facts_to_copy_tell_no_prompt_no_user_and_no_folder(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_to_copy_tell_no_prompt_no_user_and_no_folder(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(app_system, "_user", lambda: "annabel")
     monkeypatch.setattr(app_system.socket, "gethostname", lambda: "anns-computer")
     monkeypatch.setenv("HOME", "/srv/annabel")
@@ -569,7 +622,9 @@ def test_every_accelerator_is_told_with_its_reason(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_doctor_is_shown_with_problems_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = app_system.doctor_view({"problems": ["no <b>text</b> encoder"], "disk_free_gb": 3.5, "models": {"emoji": "sha256:1"}})
+    shown = app_system.doctor_view(
+        {"problems": ["no <b>text</b> encoder"], "disk_free_gb": 3.5, "models": {"emoji": "sha256:1"}}
+    )
     assert shown.index("no &lt;b&gt;") < shown.index("disk free gb")
     assert "Nothing is wrong" not in shown
     assert "Nothing is wrong" in app_system.doctor_view({"problems": []})
@@ -583,13 +638,22 @@ def page(tmp_path: Path) -> Iterator[str]:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "LEAPFROG_STATE": str(tmp_path / "state"),
     }  # fmt: skip
-    for name in ("SPACE_ID", "LEAPFROG_AUTH", "LEAPFROG_TOKENS", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_TEMP_DIR"):
+    for name in (
+        "SPACE_ID",
+        "LEAPFROG_AUTH",
+        "LEAPFROG_TOKENS",
+        "GRADIO_SERVER_NAME",
+        "GRADIO_SERVER_PORT",
+        "GRADIO_TEMP_DIR",
+    ):
         environment.pop(name, None)
     command = [sys.executable, "app.py", "--output", str(tmp_path / "pictures"), "--workers", "0"]
     piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **piped) as process:
         lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=lambda: [lines.put(line) for line in process.stdout or ()] + [lines.put("")], daemon=True).start()
+        threading.Thread(
+            target=lambda: [lines.put(line) for line in process.stdout or ()] + [lines.put("")], daemon=True
+        ).start()
         try:
             while not (found := re.search(r"http://\S+", line := lines.get(timeout=WAIT / 1000))):
                 assert line
@@ -619,7 +683,9 @@ def test_a_batch_and_the_other_tabs_in_a_browser(page: str, tmp_path: Path) -> N
         drop.set_input_files([bad])
         expect(tab.locator("#batch-plan")).to_contain_text("mistakes in bad.jsonl")
         expect(tab.locator("#batch-start")).to_be_disabled()
-        good = manifest(tmp_path / "up", {"id": "dog", "prompt": "dog, cartoon", "n": 2, "steps": 1}, name="good.jsonl")
+        good = manifest(
+            tmp_path / "up", {"id": "dog", "prompt": "dog, cartoon", "n": 2, "steps": 1}, name="good.jsonl"
+        )
         tab.get_by_label("Clear").first.click()
         drop.set_input_files([good])
         expect(tab.locator("#batch-start")).to_have_text("Start: make 2")

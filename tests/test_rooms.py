@@ -19,6 +19,7 @@ import app_compare_views
 import app_grid
 import app_grid_views
 import app_tune
+from app_page import House
 from pipelines._tuning import item, tuned
 from pipelines.catalog import Card
 from pipelines.compare import difference_of_clips
@@ -144,14 +145,9 @@ class Jobs:
 def house(tmp_path: Path) -> Any:
     jobs = Jobs(Ledger(tmp_path / "jobs.sqlite"), tmp_path)
     card = Card(name="emoji", steps=28, guidance=3.0)
-    return SimpleNamespace(
-        jobs=jobs,
-        folder=tmp_path,
-        cards={"emoji": card},
-        tabs={},
-        entered=None,
-        session=lambda request: request,
-    )
+    made = House(jobs, {"emoji": card})  # type: ignore[arg-type]
+    made.session = lambda request: request  # type: ignore[method-assign,assignment,return-value]
+    return made
 
 
 def asked(**more: Any) -> list[Any]:

@@ -294,7 +294,7 @@ class Distiller(Trainer):
         self.earlier = counts["earlier"]
 
     def write_model(self, folder: Path) -> None:
-        """Write the student; with groups of blocks it needs `load_converted` to be read again."""
+        """Write the student; groups of blocks in a network of diffusers need `load_converted` to be read again."""
         if groups_of(self.model):
             save_converted(self.model, folder, max_shard_size="15MB")
         else:

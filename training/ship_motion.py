@@ -5,22 +5,16 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from dit.codec import ResampleCodec
-from dit.presets import backbone_class
+from dit.dense2moe import network_class
 from pipelines.text_to_image import MINILM
 from pipelines.text_to_video import TextToVideoPipeline
 from training.clips import COLOURS, HELD_OUT, SHAPES, SIDE
+from training.ship import codec_of, command, load_bfloat16, write
 
 EXAMPLES = [
     "a red ball moves to the right", "a large blue square falls and bounces",
@@ -32,11 +26,11 @@ LIMITS = (
 )
 
 
-def card(recipe: dict[str, Any], seen: int, parameters: int) -> dict[str, Any]:
+def card(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the card: the fields the pipelines read, then what people read."""
     model, data = recipe["model"], recipe["data"]
     return {
-        "title": "motion",
+        "title": name,
         "summary": f"Moving coloured shapes, {SIDE} px, {data['frames']} frames: from text, from given frames, stories.",
         "license": "Apache-2.0 (weights); trained on scenes that this project draws",
         "task": "text-to-video",
@@ -50,8 +44,6 @@ def card(recipe: dict[str, Any], seen: int, parameters: int) -> dict[str, Any]:
         "fps": 8,
         "steps": 24,
         "guidance": 3.0,
-        "parameters": parameters,
-        "samples_seen": seen,
         "examples": EXAMPLES,
         "limits": LIMITS,
         "colours": list(COLOURS),
@@ -62,45 +54,19 @@ def card(recipe: dict[str, Any], seen: int, parameters: int) -> dict[str, Any]:
 
 def ship(recipe: dict[str, Any], transformer: Path, codec: Path | None, out: Path) -> None:
     """Write the folder beside its place, then put it there; weights are stored in bfloat16."""
-    model = backbone_class(recipe["model"]["backbone"]).from_pretrained(
-        transformer, torch_dtype=torch.bfloat16
-    )
-    enlarger = None if codec is None else ResampleCodec.from_pretrained(codec, torch_dtype=torch.bfloat16)
     pipeline = TextToVideoPipeline(
-        model,
+        load_bfloat16(network_class(transformer), transformer),
         FlowMatchEulerDiscreteScheduler(),
-        codec=enlarger,
+        codec=codec_of(recipe, codec),
         text_model=MINILM,
         text_length=recipe["data"]["text_tokens"],
     )
-    draft = out.with_name(out.name + ".new")
-    shutil.rmtree(draft, ignore_errors=True)
-    pipeline.save_pretrained(draft, safe_serialization=True)
-    progress = transformer.parent / "progress.json"
-    seen = json.loads(progress.read_text())["seen"] if progress.is_file() else 0
-    text = json.dumps(
-        card(recipe, seen, sum(p.numel() for p in model.parameters())), indent=1, ensure_ascii=False
-    )
-    (draft / "card.json").write_text(text + "\n")
-    for file in draft.rglob("*.safetensors"):
-        file.chmod(0o644)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(draft, out)
+    write(pipeline, card(recipe, out.name), transformer, out)
 
 
 def main() -> None:
     """Read the command line and ship."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", type=Path)
-    for name in ("transformer", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument(
-        "--codec", type=Path, help="the enlarger's folder; none for a network that works on pixels"
-    )
-    given = parser.parse_args()
-    ship(tomllib.loads(given.recipe.read_text()), given.transformer, given.codec, given.out)
+    command(__doc__, ship)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from dit.text import encode, load_minilm
 from training.data import Pictures, choose, load_pictures, wording
 from training.objectives import FlowMatching, euler
 from training.optimizers import Master
+from training.stopping import heard, leave
 
 SHEET = (
     "dog, 3d render", "red apple, cartoon", "rocket, flat illustration", "cat, black and white icon",
@@ -93,7 +94,8 @@ def prepare(pictures: Pictures, recipe: dict[str, Any], device: torch.device) ->
     tokenizer, encoder = load_minilm()
     encoder = encoder.to(device)
     parts = [
-        encode(tokenizer, encoder, list(texts)[i : i + 256], length=data["text_tokens"]) for i in range(0, len(texts), 256)
+        encode(tokenizer, encoder, list(texts)[i : i + 256], length=data["text_tokens"])
+        for i in range(0, len(texts), 256)
     ]
     joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask", "pooled")]
     rest = (joined[0].bfloat16(), joined[1], joined[2], torch.tensor(choices))
@@ -146,13 +148,21 @@ class Trainer:
             load_pictures(Path(data["folder"]), size=data["size"]),
             **{k: data[k] for k in ("styles", "subgroups", "concepts")},
         )
-        self.train = prepare(pictures.only([r["split"] == "train" for r in pictures.rows]), self.recipe, self.device)
-        self.held = prepare(pictures.only([r["split"] == "val_pair" for r in pictures.rows]), self.recipe, self.device)
+        self.train = prepare(
+            pictures.only([r["split"] == "train" for r in pictures.rows]), self.recipe, self.device
+        )
+        self.held = prepare(
+            pictures.only([r["split"] == "val_pair" for r in pictures.rows]), self.recipe, self.device
+        )
         tokenizer, encoder = load_minilm()
-        prompts = encode(tokenizer, encoder.to(self.device), ["", *SHEET], length=self.recipe["data"]["text_tokens"])
+        prompts = encode(
+            tokenizer, encoder.to(self.device), ["", *SHEET], length=self.recipe["data"]["text_tokens"]
+        )
         first = (self.train.pixels[:1], self.train.latents[:1])
         self.sheet = Batches(*first, prompts.tokens, prompts.mask, prompts.pooled, torch.zeros(1, 1))
-        print(f"{len(self.train.latents)} pictures to learn, {len(self.held.latents)} held out", file=sys.stderr)
+        print(
+            f"{len(self.train.latents)} pictures to learn, {len(self.held.latents)} held out", file=sys.stderr
+        )
 
     def progress(self) -> float:
         """Share of the run that is done, by the clock or by samples."""
@@ -188,7 +198,9 @@ class Trainer:
         self.seen += len(latents) * self.accelerator.num_processes
         return float(loss.detach())
 
-    def complete_loss(self, latents: Tensor, prompts: dict[str, Tensor], noise: Tensor, times: Tensor) -> Tensor | float:
+    def complete_loss(
+        self, latents: Tensor, prompts: dict[str, Tensor], noise: Tensor, times: Tensor
+    ) -> Tensor | float:
         """Return the loss of the complete network, in the first part of the run (`complete`) of one with dynamic experts."""
         if self.phase() >= self.recipe["run"].get("complete", 0.0):
             return 0.0
@@ -200,17 +212,27 @@ class Trainer:
         return self.objective.losses(self._denoiser(prompts), latents, noise, times).mean()
 
     def run(self) -> None:
-        """Train to the end of the schedule, saving on the way."""
+        """Train to the end of the schedule, saving on the way. Raises: SystemExit after SIGTERM or SIGINT, when it is saved."""
         self.load_data()
+        with heard() as signals:
+            self._train(signals)
+            self.save()
+        if signals:
+            leave(signals[0], self.seen)
+
+    def _train(self, signals: list[int]) -> None:
+        """Take steps until the schedule is over or a signal came."""
         run, began, saved, smooth = self.recipe["run"], time.monotonic(), time.monotonic(), None
         before = self.spent
         bar = tqdm(total=100.0, unit="%", initial=round(100 * self.progress(), 2), mininterval=5)
-        while self.progress() < 1:
+        while self.progress() < 1 and not signals:
             loss = self.step()
             self.spent = before + time.monotonic() - began
             smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
             bar.update(min(100.0, 100 * self.progress()) - bar.n)
-            bar.set_postfix(loss=f"{smooth:.4f}", seen=self.seen, rate=f"{self.seen / max(self.spent, 1):.0f}/s")
+            bar.set_postfix(
+                loss=f"{smooth:.4f}", seen=self.seen, rate=f"{self.seen / max(self.spent, 1):.0f}/s"
+            )
             if self.steps() % run["check_every"] == 0:
                 row = {"step": self.steps(), "seen": self.seen, "seconds": self.spent, "loss": smooth}
                 self.log.append(row | self.check())
@@ -218,7 +240,6 @@ class Trainer:
             if time.monotonic() - saved > 60 * run["save_every"]:
                 self.save()
                 saved = time.monotonic()
-        self.save()
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
@@ -230,7 +251,9 @@ class Trainer:
                 latents, prompts = batches.draw(128, 0.0, dice)
                 noise = torch.randn(latents.shape, generator=dice).to(self.device)
                 times = torch.linspace(0.02, 0.98, len(latents)).to(self.device)
-                result[name] = float(self.objective.losses(self._denoiser(prompts), latents, noise, times).mean())
+                result[name] = float(
+                    self.objective.losses(self._denoiser(prompts), latents, noise, times).mean()
+                )
         return result
 
     def save(self) -> None:
@@ -239,7 +262,9 @@ class Trainer:
             return
         progress = json.dumps(self.counts())
         # Weights and counts in one file: a kill between two files would leave counts that are not those of the weights.
-        _atomic(self.out / "state.safetensors", lambda path: save_file(self.state(), path, {"progress": progress}))
+        _atomic(
+            self.out / "state.safetensors", lambda path: save_file(self.state(), path, {"progress": progress})
+        )
         _atomic(self.out / "progress.json", lambda path: path.write_text(progress))
         with self._averaged():
             self._sheet().save(self.out / "sheet.png")
@@ -291,7 +316,9 @@ class Trainer:
         return _Swapped(self.master)
 
     def _sheet(self, scale: float = 3.0, steps: int = 25) -> Image.Image:
-        noise = torch.randn(len(SHEET), *self.sheet.latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(self.device)
+        noise = torch.randn(
+            len(SHEET), *self.sheet.latents.shape[1:], generator=torch.Generator().manual_seed(0)
+        ).to(self.device)
         asked = self.sheet.prompts(torch.arange(1, len(SHEET) + 1))
         empty = self.sheet.prompts(torch.zeros(len(SHEET), dtype=torch.long))
 
@@ -326,7 +353,9 @@ def _mosaic(pictures: Tensor, columns: int, enlarge: int = 4) -> Image.Image:
     rows = -(-count // columns)
     board = Image.new("RGB", (columns * width * enlarge, rows * height * enlarge), "white")
     for i, picture in enumerate(pixels):
-        tile = Image.fromarray(picture.numpy()).resize((width * enlarge, height * enlarge), Image.Resampling.NEAREST)
+        tile = Image.fromarray(picture.numpy()).resize(
+            (width * enlarge, height * enlarge), Image.Resampling.NEAREST
+        )
         board.paste(tile, (i % columns * width * enlarge, i // columns * height * enlarge))
     return board
 
@@ -337,7 +366,9 @@ def _atomic(path: Path, write: Any) -> None:
     for rest in (draft, old):
         shutil.rmtree(rest, ignore_errors=True)
     write(draft)
-    if path.is_dir():  # a folder cannot be replaced in one move; what a kill in between leaves is whole, only named .old
+    if (
+        path.is_dir()
+    ):  # a folder cannot be replaced in one move; what a kill in between leaves is whole, only named .old
         os.replace(path, old)
     os.replace(draft, path)
     shutil.rmtree(old, ignore_errors=True)
@@ -347,10 +378,22 @@ def asked(about: str | None) -> tuple[dict[str, Any], argparse.Namespace]:
     """Read the command line of a trainer: the recipe with its changes, and the rest."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an earlier run in it goes on")
-    parser.add_argument("--minutes", type=float, help="end by the clock, with the whole schedule in that time")
-    parser.add_argument("--start", type=Path, help="transformer folder to start from, instead of random weights")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=JSON", help="change one setting of the recipe")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; an earlier run in it goes on"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="end by the clock, with the whole schedule in that time"
+    )
+    parser.add_argument(
+        "--start", type=Path, help="transformer folder to start from, instead of random weights"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=JSON",
+        help="change one setting of the recipe",
+    )
     given = parser.parse_args()
     recipe = tomllib.loads(given.recipe.read_text())
     for change in given.set:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.cross_attention import CrossAttention
-from dit.experts.dense import Experts
+from dit.experts.dense import Experts, routed
 from dit.grid import Grid
 from dit.layers import PlainNorm
 from dit.mixers.full import Mixer
@@ -85,7 +85,7 @@ class VDTBlock(nn.Module):
             return {"hidden_states": self._body(streams["hidden_states"], temb, inner, given, text_mask)}
 
         streams = {"hidden_states": hidden_states}
-        streams = body(streams, context) if self.router is None else self.router(body, streams, context)
+        streams = routed(self.router, body, streams, context)
         hidden_states = streams["hidden_states"]
         return hidden_states  # noqa: RET504 - by this name the seams know which stream it is
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dit.context_parallel import part_of, whole_of
 from dit.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
-from dit.experts.dense import Dense, Experts
+from dit.experts.dense import Dense, Experts, routed
 from dit.grid import Grid
 from dit.layers import PatchEmbed, PatchOut, PlainNorm
 from dit.ledger import Part, part
@@ -49,9 +49,7 @@ class DiTBlock(nn.Module):
         if temb is not context.emb:
             context = dataclasses.replace(context, emb=temb)
         streams = {"hidden_states": hidden_states}
-        streams = (
-            self._body(streams, context) if self.router is None else self.router(self._body, streams, context)
-        )
+        streams = routed(self.router, self._body, streams, context)
         hidden_states = streams["hidden_states"]
         return hidden_states  # noqa: RET504 - by this name the seams know which stream it is
 

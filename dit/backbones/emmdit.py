@@ -20,7 +20,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from dit.backbones.mmdit import DualBlock, joint_mask
+from dit.attention import joint_mask
+from dit.backbones.mmdit import DualBlock
 from dit.compress import TokenCompressor, TokenReconstructor
 from dit.embeddings import PooledProjection, TimeEmbedding, sincos_1d
 from dit.experts.dense import Experts
@@ -116,7 +117,11 @@ class EMMDiT(Backbone):
         super().__init__()
         _check(width, heads, groups, ratios, prediction_type)
         patch, hidden = (1, patch_size, patch_size), int(width * mlp_ratio)
-        mixer, modulation, experts = parse(Mixer, mixer), parse(Modulation, modulation), parse(Experts, experts)
+        mixer, modulation, experts = (
+            parse(Mixer, mixer),
+            parse(Modulation, modulation),
+            parse(Experts, experts),
+        )
         for slot in (mixer, experts):
             if slot.needs_grid and len(groups) == 3:
                 raise ValueError(
@@ -194,15 +199,8 @@ class EMMDiT(Backbone):
                 grid=None if stage == 1 else grid,
                 mask=joint_mask(encoder_attention_mask, image.shape[1]),
             )
-            for i, block in enumerate(self.transformer_blocks[first : first + depth]):
-                if skip_layers is None or i not in skip_layers:
-                    text, image = self._run(
-                        block,
-                        hidden_states=image,
-                        encoder_hidden_states=text,
-                        temb=context.emb,
-                        context=context,
-                    )
+            blocks = self.transformer_blocks[first : first + depth]
+            text, image = self._through(blocks, image, text, context, skip_layers or ())
             first += depth
             if stage == 0 and return_projections:
                 projections = self._project(image)
@@ -212,6 +210,17 @@ class EMMDiT(Backbone):
         if not return_dict:
             return (output, projections) if return_projections else (output,)
         return EMMDiTOutput(sample=output, projections=projections or None)
+
+    def _through(
+        self, blocks: nn.ModuleList, image: Tensor, text: Tensor, context: Context, skipped: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Take image [B, N, D] and text [B, L, D] through a group of blocks, but for those skipped -> (text, image)."""
+        for i, block in enumerate(blocks):
+            if i not in skipped:
+                text, image = self._run(
+                    block, hidden_states=image, encoder_hidden_states=text, temb=context.emb, context=context
+                )
+        return text, image
 
     def enable_cache(self, config: Any) -> None:
         """Switch one of diffusers' caches on. Raises: ValueError for those that replace all blocks by one difference."""

@@ -19,7 +19,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dit.backbones.mmdit import joint_mask
+from dit.attention import joint_mask
 from dit.context_parallel import whole_of
 from dit.embeddings import Rotary, TimeEmbedding
 from dit.experts.dense import Experts

@@ -17,9 +17,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from dit.attention import joint_mask
 from dit.context_parallel import part_of, whole_of
 from dit.embeddings import PooledProjection, Rotary, TimeEmbedding, rotary, sincos_2d
-from dit.experts.dense import Dense, Experts
+from dit.experts.dense import Dense, Experts, routed
 from dit.grid import Grid
 from dit.layers import PatchEmbed, PatchOut, PlainNorm
 from dit.ledger import Part, part
@@ -66,9 +67,7 @@ class DualBlock(nn.Module):
         if temb is not context.emb:
             context = dataclasses.replace(context, emb=temb)
         streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
-        streams = (
-            self._body(streams, context) if self.router is None else self.router(self._body, streams, context)
-        )
+        streams = routed(self.router, self._body, streams, context)
         encoder_hidden_states, hidden_states = streams["encoder_hidden_states"], streams["hidden_states"]
         return encoder_hidden_states, hidden_states
 
@@ -131,9 +130,7 @@ class SingleBlock(nn.Module):
             temb = torch.cat([temb.mean(dim=1, keepdim=True).expand(-1, text, -1), temb], dim=1)
         context = dataclasses.replace(context, emb=temb, length=text)
         streams = {"hidden_states": joint}
-        streams = (
-            self._body(streams, context) if self.router is None else self.router(self._body, streams, context)
-        )
+        streams = routed(self.router, self._body, streams, context)
         joint = streams["hidden_states"]
         return joint[:, :text], joint[:, text:]
 
@@ -273,23 +270,29 @@ class MMDiT(Backbone):
             mask=joint_mask(encoder_attention_mask, grid.tokens),
             attention_kwargs=joint_attention_kwargs or {},
         )
-        share, context, image, text = self._among_ranks(context, image, text)
-        for blocks, added in (
-            (self.transformer_blocks, controlnet_block_samples),
-            (self.single_transformer_blocks, controlnet_single_block_samples),
-        ):
-            for i, block in enumerate(blocks):
-                text, image = self._run(
-                    block, hidden_states=image, encoder_hidden_states=text, temb=context.emb, context=context
-                )
-                if added:
-                    image = image + part_of(share, added[i * len(added) // len(blocks)])
+        added = (controlnet_block_samples or [], controlnet_single_block_samples or [])
+        image = self._through(image, text, context, added)  # [B, N, D]
         shift, scale = self.modulation_out(temb)
-        inner = modulate(self.norm_out(whole_of(share, image)), shift, scale)
+        inner = modulate(self.norm_out(image), shift, scale)
         output = self.proj_out(inner, grid, frames=hidden_states.dim() == 5).to(hidden_states.dtype)
         if self.config.prediction_type == "sample":
             output = velocity_from_picture(output, hidden_states, timestep, self.config.patch_size)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _through(
+        self, image: Tensor, text: Tensor, context: Context, added: tuple[list[Tensor], list[Tensor]]
+    ) -> Tensor:
+        """Take image [B, N, D] and text [B, L, D] through all blocks, adding residuals after those of each kind."""
+        share, context, image, text = self._among_ranks(context, image, text)
+        stacks = (self.transformer_blocks, self.single_transformer_blocks)
+        for blocks, residuals in zip(stacks, added, strict=True):
+            for i, block in enumerate(blocks):
+                text, image = self._run(
+                    block, hidden_states=image, encoder_hidden_states=text, temb=context.emb, context=context
+                )
+                if residuals:
+                    image = image + part_of(share, residuals[i * len(residuals) // len(blocks)])
+        return whole_of(share, image)
 
     def costs(self, grid: Grid, text: int = 0) -> Iterator[Part]:
         """Yield the analytic cost of every part for one picture of `grid` and a prompt of `text` tokens."""
@@ -387,14 +390,6 @@ def _check(
             f"MMDiT: rope_axes are three even counts adding up to the head size {size}, got {found}"
         )
     return found[0], found[1], found[2]
-
-
-def joint_mask(text: Tensor | None, tokens: int) -> Tensor | None:
-    """Turn a mask of text tokens [B, L] into one of the keys of a joint sequence, text first: [B, 1, 1, L + N]."""
-    if text is None:
-        return None
-    keys = torch.nn.functional.pad(text.bool(), (0, tokens), value=True)
-    return keys[:, None, None, :]
 
 
 for _block in (DualBlock, SingleBlock):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dit.cross_attention import CrossAttention, text_mask
 from dit.embeddings import TimeEmbedding
-from dit.experts.dense import Experts
+from dit.experts.dense import Experts, routed
 from dit.grid import Grid
 from dit.layers import PatchEmbed, PatchOut, PlainNorm
 from dit.ledger import Part, part
@@ -94,7 +94,7 @@ class ProxyBlock(nn.Module):
             return {"hidden_states": self._body(x, encoder_hidden_states, temb, temb_shifted, windows, inner)}
 
         streams = {"hidden_states": hidden_states}
-        streams = body(streams, context) if self.router is None else self.router(body, streams, context)
+        streams = routed(self.router, body, streams, context)
         hidden_states = streams["hidden_states"]
         return hidden_states  # noqa: RET504 - by this name the seams know which stream it is
 

@@ -5,6 +5,7 @@ Paper: Attention Is All You Need, Vaswani et al. 2017, arXiv:1706.03762.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from diffusers.models.attention import FeedForward
@@ -14,6 +15,9 @@ from dit.spec import Spec, knob, spec
 
 if TYPE_CHECKING:
     from dit.model import Context
+
+Streams = dict[str, Tensor]
+Body = Callable[[Streams, "Context"], Streams]
 
 
 class Experts(Spec):
@@ -47,6 +51,11 @@ class Experts(Spec):
     def losses(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the named losses that concern all blocks of `model` together, after a training pass."""
         return {}
+
+
+def routed(router: nn.Module | None, body: Body, streams: Streams, context: Context) -> Streams:
+    """Run the body of a block: by itself, or as its router (see `Experts.router`) decides."""
+    return body(streams, context) if router is None else router(body, streams, context)
 
 
 @spec("dense", paper="Attention Is All You Need, arXiv:1706.03762")

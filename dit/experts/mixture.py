@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from dit.experts._dispatch import ACTIVATIONS, GATED, dispatch, dispatch_referen
 from dit.experts.dense import Experts, Perceptron
 from dit.ledger import activated_of, macs_of, parameters_of
 from dit.routing import RouteDecision
-from dit.spec import knob, spec
+from dit.spec import knob, parse, spec
 
 if TYPE_CHECKING:
     from dit.model import Context
@@ -171,7 +171,7 @@ def layers_of(model: nn.Module) -> dict[str, MixtureLayer]:
 
 
 def set_active(model: nn.Module, active: int) -> None:
-    """Let every token use its best `active` routed experts from now on, 0 for the shared expert alone.
+    """Let every token use its best `active` routed experts from now on, also once saved; 0 for the shared expert alone.
 
     Raises: ValueError for a count that some mixture of the network does not have.
     """
@@ -181,6 +181,10 @@ def set_active(model: nn.Module, active: int) -> None:
         raise ValueError(f"active experts: from 0 to {most}, got {active}")
     for layer in layers.values():
         layer.active = active
+    known: Any = getattr(model, "config", {})
+    if "experts" in known:  # one of ours, whose config builds it anew
+        changed = parse(Experts, known["experts"]).replace(active=active)
+        model.register_to_config(experts=changed.to_dict())  # type: ignore[operator]
 
 
 @contextmanager

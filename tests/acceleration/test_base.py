@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import acceleration
-from acceleration import Accelerator, DeltaCache, Refused, Untouched, accelerated, refusal
+from acceleration import Accelerator, DeltaCache, Refused, StepForecast, Untouched, accelerated, refusal
 from dit.seams import announce
 from dit.spec import kinds
 
@@ -220,6 +220,42 @@ def test_what_was_stored_dies_with_the_block(toy: Any) -> None:
         assert kept
     gc.collect()
     assert all(ref() is None for ref in kept)
+
+
+def test_what_was_stored_dies_with_an_exception_too(toy: Any) -> None:
+    kept: list[Any] = []
+
+    def broken() -> None:
+        with accelerated(toy.model, DeltaCache(mode="whole"), steps=10) as run:
+            kept.append(run)
+            toy.run(5)
+            kept.append(weakref.ref(next(iter(run._kept.values()))[1].parts[0].added["hidden_states"]))
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        broken()
+    gc.collect()
+    assert kept[1]() is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", [None, DeltaCache(mode="whole"), StepForecast()], ids=str)
+def test_what_is_not_finite_is_no_success(toy: Any, value: float, method: Accelerator | None) -> None:
+    """Without a pipeline that looks at its picture: the report tells, of this run or of one before in the same block."""
+    methods = () if method is None else (method,)
+    with accelerated(toy.model, *methods, steps=10) as run:
+        toy.run()
+        assert run.report().failures == []
+        toy.x = toy.x * value
+        toy.run()
+        toy.x = torch.ones(1, 5, 8)
+        toy.run()
+    report = run.report()
+    assert report.failures == [
+        "what the network returned in step 10 of call 1 is not finite (NaN or infinite)"
+    ]
+    assert report.summary().startswith("failed: what the network returned in step 10")
+    assert report.to_dict()["failures"] == report.failures == run.report().failures
 
 
 def test_a_block_called_by_itself_is_left_alone(toy: Any) -> None:

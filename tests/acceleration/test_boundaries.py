@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, WanPipeline, WanTransformer3DModel
-from diffusers.schedulers import UniPCMultistepScheduler
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from peft import LoraConfig
 from torch import Tensor
 
 from acceleration import AdaSpa, DeltaCache, GuidanceSkip, TaylorCache, accelerated
+from dit.seams import announce
 
 pytestmark = [  # two adapters are meant, and so is the end of one
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
@@ -194,3 +195,75 @@ def test_last_block_taylor_on_a_flux_of_full_size_stores_little() -> None:
     assert method.replace(level="modules").predicted_bytes(model, 4096, text_tokens=512) > 20 * stored
     assert method.predicted_speedup(28, 57) is not None
     assert method.replace(level="modules").predicted_speedup(28, 57) is None  # honest: it is not known
+
+
+@pytest.mark.parametrize("level", ["last-block", "modules"])
+def test_a_run_of_full_width_stores_what_was_told_before(
+    level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FLUX.1's own width and tokens, in a run on the meta device; the default stores as much whatever the depth."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True, num_layers=2, num_single_layers=2).to(
+            torch.bfloat16
+        )
+        given: dict[str, Any] = {
+            "hidden_states": torch.empty(1, 4096, 64), "encoder_hidden_states": torch.empty(1, 512, 4096),
+            "pooled_projections": torch.empty(1, 768),
+        }  # fmt: skip
+        given = {name: x.bfloat16() for name, x in given.items()}
+        given |= {"img_ids": torch.empty(4096, 3), "txt_ids": torch.empty(512, 3), "guidance": torch.empty(1)}
+        given["timestep"] = torch.empty(1)
+    method = TaylorCache(order=1, level=level, gate="mask", mask="1110")
+    told: list[tuple[int, list[str]]] = []
+    model.transformer_blocks[1].register_forward_pre_hook(
+        lambda *_: told.append((run.most_bytes, list(run.notes)))
+    )
+    with torch.no_grad(), accelerated(model, method, steps=5) as run:
+        for step in range(4):
+            announce(model, step=step, branch="cond")
+            model(**given, return_dict=False)
+    report = run.report()
+    assert report.forecast > 0
+    assert report.bytes == report.predicted_bytes == method.predicted_bytes(model, 4096, text_tokens=512)
+    words = f"taylor-cache will store {report.bytes / 2**20:.1f} MiB for each guidance branch of this size (an estimate)"
+    assert told[0] == (0, [words])  # nothing is stored yet
+    assert [one.getMessage() for one in caplog.records if one.name.startswith("acceleration")] == [words]
+    if level == "last-block":
+        assert report.bytes == 2 * (4096 + 512) * 3072 * 2 <= 0.2 * 2**30
+
+
+class Shared(Pair):
+    """A second pipeline on the transformers of a first, with a scheduler of its own."""
+
+    def __init__(self, first: Pair) -> None:
+        self.networks = first.networks
+        self.pipe = WanPipeline(
+            tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+            transformer=first.networks[0],
+        )  # fmt: skip
+        self.pipe.set_progress_bar_config(disable=True)
+        self.text, self.free = first.text.flip(1).clone(), first.free.flip(1).clone()
+
+
+@pytest.mark.parametrize(
+    "method", [*METHODS, DeltaCache(gate="first-block", threshold=9.0, warmup=1)], ids=str
+)
+def test_two_pipelines_that_share_a_transformer(pair: Pair, method: Any) -> None:
+    """One after the other in one with-block, the first one also cut short: each as if it were alone."""
+    other, network = Shared(pair), pair.networks[0]
+
+    def alone(pipeline: Pair, **more: Any) -> Tensor:
+        with accelerated(network, method) as run:
+            found = pipeline(**more)
+        assert run.report().reused + run.report().forecast > 0
+        return found
+
+    expected = alone(pair), alone(other), alone(other, height=32)
+    with accelerated(network, method):
+        first, second = pair(), other()
+        pair(stop=4)
+        again, tall, last = other(), other(height=32), pair()
+    for found, wanted in zip((first, second, tall), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(again, second)
+    assert torch.equal(last, first)

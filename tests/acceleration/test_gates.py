@@ -9,8 +9,9 @@ import torch
 
 from acceleration import Accelerator, DeltaCache, Refused, TaylorCache, accelerated
 from acceleration._latents import latents_of, relative, wiener
-from acceleration.calibrate import Profile, calibrate
+from acceleration.calibrate import Profile, calibrate, calibrated
 from acceleration.gates import Gate, Judge, Sight, gate_for
+from dit.seams import announce
 from dit.spec import kinds, parse
 
 
@@ -149,6 +150,61 @@ def test_calibration_is_exact_and_its_threshold_does_what_was_wished(
         profile.threshold(speedup=99)
     with pytest.raises(ValueError, match="profile is for steps 20, got 28"):
         profile.tuned(**about | {"steps": 28}, speedup=1.3)
+
+
+def test_a_calibration_is_stored_for_its_checkpoint_scheduler_and_steps(toy: Any, tmp_path: Path) -> None:
+    played: list[int] = []
+
+    def threshold(method: TaylorCache, steps: int = 20, speedup: float = 1.3, **about: str) -> Any:
+        def play() -> None:
+            played.append(steps)
+            toy.run(steps)
+
+        known = {"digest": "a", "scheduler": "euler"} | about
+        return calibrated(
+            toy.model, method, play, folder=tmp_path / "new", steps=steps, speedup=speedup, **known
+        ).threshold  # type: ignore[arg-type]
+
+    method = TaylorCache(gate="confidence")
+    first = threshold(method)
+    assert threshold(method) == first == threshold(method.replace(threshold=0.7))
+    assert threshold(method, speedup=1.6) >= first
+    assert played == [20]  # once, whatever is wished for
+    threshold(method, digest="b")
+    threshold(method, scheduler="heun")
+    threshold(method, steps=12)
+    threshold(method.replace(gate="first-block"))
+    threshold(method.replace(order=1))
+    assert played == [20, 20, 20, 12, 20, 20]
+    stored = sorted((tmp_path / "new").iterdir())
+    assert len(stored) == 6
+    assert {one.suffix for one in stored} == {".json"}
+    for one in stored:
+        one.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no calibration profile"):
+        threshold(method)
+
+
+@pytest.mark.parametrize("gate", ["confidence", "first-block", "spectral"])
+def test_one_sample_that_jumps_makes_the_whole_call_full(toy: Any, gate: str) -> None:
+    """Seven samples stand still: by their mean the call would be shortened, by the one that moves it may not."""
+    x = toy.x.expand(8, -1, -1).clone()
+    found = {}
+    for jumps in (False, True):
+        with (
+            torch.no_grad(),
+            accelerated(toy.model, TaylorCache(gate=gate, threshold=0.3, fresh=1, order=0), steps=8) as run,
+        ):
+            for step in range(8):
+                moved = x.clone()
+                moved[5] *= 3.0 if jumps and step >= 5 else 1.0
+                announce(toy.model, step=step)
+                toy.model(moved, 0.5)
+        found[jumps] = run.report().cells
+    assert [cell["states"][-1] for cell in found[False]] == list("CCCFFFFC")
+    assert [cell["states"][-1] for cell in found[True]][:6] == list("CCCFFC")
+    assert found[True][5]["decision"] == "full: above the threshold"
+    assert found[True][5]["signal"] > 0.3 > found[True][5]["signal"] / 8  # the mean lies below
 
 
 def test_a_plan_cannot_be_calibrated(toy: Any) -> None:

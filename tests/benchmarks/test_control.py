@@ -126,10 +126,20 @@ class Pipeline:
         self.scheduler: Any = FlowMatchEulerDiscreteScheduler()
         self.used: list[tuple[str, int]] = []
 
-    def __call__(self, prompts: list[str], *, seeds: Any, num_inference_steps: int, **_: object) -> Any:
+    def __call__(
+        self,
+        prompts: list[str],
+        *,
+        seeds: Any,
+        num_inference_steps: int,
+        height: int | None = None,
+        width: int | None = None,
+        **_: object,
+    ) -> Any:
         self.used.append((type(self.scheduler).__name__, num_inference_steps))
+        shape = (3, (height or 32) // 2, (width or 32) // 2)
         noise = torch.stack(
-            [torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
         words = torch.zeros(len(prompts), 4, 16)
         said = self.transformer(
@@ -160,7 +170,7 @@ def test_pictures_are_steered_by_their_own_conditions_at_any_batch(bench: Bench)
     assert bench.made == 12
     own = type(bench.base.pipeline.scheduler)
     found = elsewhere(bench, "edges", adapter, edges)
-    assert set(found) == {"dpm++2m, 4 steps", "heun, 4 steps", "euler, 4 steps"}
+    assert set(found) == {"dpm++2m, 4 steps", "heun, 4 steps", "euler, 4 steps", "32x48 px"}
     assert {name for name, _ in bench.base.pipeline.used} >= {
         "DPMSolverMultistepScheduler",
         "FlowMatchHeunDiscreteScheduler",

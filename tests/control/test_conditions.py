@@ -263,14 +263,14 @@ def test_bad_files_are_told_in_words(tmp_path: Path) -> None:
     torn = buffer.getvalue()[:200]
     for data, words in (
         (bomb(), "million pixels"),
-        (b"", "readable"),
-        (b"GIF89a nonsense", "readable"),
+        (b"", "readable .*it is empty"),
+        (b"GIF89a nonsense", "readable .*no picture is recognised in it"),
         (torn, "readable"),
     ):
         with pytest.raises(Refused, match=words):
             read_picture(data)
-    for path in (tmp_path / "none.png", tmp_path):
-        with pytest.raises(Refused, match="readable"):
+    for path, words in ((tmp_path / "none.png", "readable .*no such file"), (tmp_path, "readable")):
+        with pytest.raises(Refused, match=words):
             read_picture(path)
 
 

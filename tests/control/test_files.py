@@ -62,6 +62,14 @@ def test_released_files_are_known_by_their_content(make: Any, easy: Easy, tmp_pa
     assert load(tmp_path / "subject.safetensors", tiny.model).control.to_dict()["positions"] == "rows"
 
 
+def test_a_released_file_for_another_width_is_told_as_such(make: Any, tmp_path: Path) -> None:
+    parts = {"down": torch.zeros(2, 3072), "up": torch.zeros(3072, 2)}
+    path = "transformer_blocks.0.attn.processor.q_loras.0"
+    save_file({f"{path}.{side}.weight": x for side, x in parts.items()}, tmp_path / "canny.safetensors")
+    with pytest.raises(Refused, match=r"canny\.safetensors is for a FLUX transformer of width 3072, and this .* has 24"):
+        load(tmp_path / "canny.safetensors", make("flux").model)
+
+
 def test_every_projection_may_have_a_rank_of_its_own(make: Any, easy: Easy, tmp_path: Path) -> None:
     tiny = make("flux")
     weights = official(tiny, easy)

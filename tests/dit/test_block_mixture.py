@@ -148,6 +148,10 @@ def test_blocks_and_experts_together_survive_saving(name: str, tmp_path: Path) -
     plain = cases.run(model, name)
     save_converted(model, tmp_path)
     assert torch.equal(cases.run(load_converted(tmp_path), name), plain)
+    if name == "mmdit":
+        again = type(model).from_pretrained(tmp_path)
+        assert groups_of(again).keys() == groups_of(model).keys()
+        assert torch.equal(cases.run(again.eval(), name), plain)
 
 
 def test_leftover_and_pre_only_blocks_stay_as_they_are() -> None:

@@ -167,6 +167,36 @@ def test_the_known_part_stays_bit_for_bit(
     assert "of the shape" in refused(request.replace(mask=str(place / "pic.png")), monkeypatch)
 
 
+def test_more_is_made_around_a_picture_that_stays_bit_for_bit(
+    place: Path, asked: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Image.open(place / "start.png").crop((0, 0, 24, 24))
+    known.save(tmp_path / "small.png")
+    named = {"image": str(tmp_path / "small.png"), "mask": "outpaint:left=8,top=3,bottom=5"}
+    found = generate(asked.replace(**named, strength=1.0))
+    made = np.asarray(found.images[0])
+    assert made.shape == (32, 32, 3)
+    assert np.array_equal(made[3:27, 8:], np.asarray(known))
+    assert made[:, :8].std() > 1, "what was added is made, not only carried on from the border"
+    (path,) = found.save(tmp_path / "made.png")
+    assert repro(path, model=asked.model, image=named["image"]).verdict == "identical", "no mask to be named"
+    for mask, words in (
+        ("outpaint:left=8", "have 32x24 px"), ("outpaint:", "above 0"), ("outpaint:lft=3", "did you mean 'left'"),
+        ("outpaint:top=-1", "top must be"),
+    ):  # fmt: skip
+        assert words in refused(asked.replace(image=named["image"], mask=mask, strength=1.0), monkeypatch)
+
+
+def test_more_is_made_around_a_picture_by_pipelines_of_diffusers(folder_of: Folder, place: Path) -> None:
+    request = Request(
+        prompt="a red cat", model=str(folder_of("flux")), steps=2, image=str(place / "start.png"), mask="outpaint:right=16",
+        strength=1.0,
+    )  # fmt: skip
+    made = np.asarray(generate(request).images[0])
+    assert made.shape == (32, 48, 3)
+    assert np.array_equal(made[:, :32], np.asarray(Image.open(place / "start.png")))
+
+
 def test_diffusers_own_filling(folder_of: Folder, place: Path) -> None:
     request = Request(
         prompt="a red cat", model=str(folder_of("flux")), width=32, height=32, steps=2, image=str(place / "start.png"),

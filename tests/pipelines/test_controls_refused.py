@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from control import _files
+from control.diffscaler import DiffScaler
 from control.easycontrol import EasyControl
 from control.lora import LoRA
 from pipelines import catalog
@@ -113,6 +114,15 @@ def test_a_failing_file_leaves_the_model_as_it_was(place: Path, asked: Request, 
     assert after.keys() == held.keys()
     assert all(after[name].keys() == held[name].keys() for name in held)
     assert pixels(asked) == before
+
+
+def test_a_file_of_several_tasks_asks_for_one(place: Path, asked: Request, tmp_path: Path) -> None:
+    network = catalog.load(asked.model).pipeline.transformer
+    path = written(DiffScaler(tasks=("a", "b")), tmp_path / "tasks.safetensors", network)
+    for text, words in ((f"{path}", "task=.., one of a, b"), (f"{path}:1,task=c", "no task 'c'")):
+        with pytest.raises(RequestError, match=words):
+            generate(asked.replace(loras=(text,)))
+    assert pixels(asked.replace(loras=(f"{path}:1,task=a",))) != pixels(asked.replace(loras=(f"{path}:1,task=b",)))
 
 
 def test_a_changed_file_is_read_again(place: Path, asked: Request, tmp_path: Path) -> None:

@@ -227,6 +227,82 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     assert sent[0]["status"] == 408
 
 
+@pytest.mark.parametrize(
+    ("last", "limits"),
+    [
+        ({"type": "http.disconnect"}, Limits()),
+        ({"type": "http.request", "body": b"x" * 2_000, "more_body": True}, Limits(body=1_500)),
+        (None, Limits(seconds=0.05)),
+    ],
+    ids=["left", "too much", "too slow"],
+)
+def test_an_upload_that_ends_in_its_middle_leaves_nothing_on_the_disk(
+    last: Any, limits: Limits, tmp_path: Path
+) -> None:
+    """gradio's own parser writes into files of the upload folder as the bytes come in."""
+    from gradio.route_utils import GradioMultiPartParser
+    from starlette.formparsers import MultiPartException
+    from starlette.requests import Request
+
+    seen: list[int] = []
+
+    async def upload(scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        parser = GradioMultiPartParser(
+            request.headers, request.stream(), upload_dir=tmp_path, max_file_size=10_000
+        )
+        try:
+            await parser.parse()
+        except MultiPartException:
+            status = 400
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + b"x" * 1_000
+    messages = [{"type": "http.request", "body": head, "more_body": True}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        seen.append(len(list(tmp_path.iterdir())))
+        if last is None:
+            await asyncio.sleep(60)
+        return last
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/gradio_api/upload",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")],
+    }  # fmt: skip
+    asyncio.run(Guard(upload, Hosts(), limits=limits)(scope, receive, send))
+    assert seen == [1], "the first piece was written"
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_leaves_in_the_middle_of_a_login_made_no_try() -> None:
+    throttle, sent = Throttle(), list[Any]()
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/login",
+        "headers": [(b"host", b"localhost")],
+        "client": ("1.2.3.4", 5),
+    }
+    for _ in range(TRIES + 1):
+        asyncio.run(guarded(throttle=throttle)(scope, receive, send))
+    assert sent == []
+    assert throttle.attempt("1.2.3.4", lambda: True) is True
+
+
 def test_every_answer_has_the_headers_of_its_place() -> None:
     call = Caller(guarded(), TOKEN)
     page, data = call("GET", "/").headers, call("GET", "/v1/jobs").headers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from acceleration.delta_cache import DeltaCache
 from pipelines import catalog
 from pipelines.generate import generate
 from pipelines.repro import compare, repro
-from pipelines.request import Request, RequestError
+from pipelines.request import Request, RequestError, model_name
 
 Copy = Callable[..., Path]
 
@@ -148,3 +149,40 @@ def test_a_damaged_report_is_no_crash(saved: Path, tiny: str) -> None:
         assert verdict.verdict == "within noise"
         assert verdict.rms == 0
     assert catalog.shipped() is not None
+
+
+def test_a_file_tells_no_path_of_the_computer_and_is_remade_when_its_model_is_named(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "secret-person"
+    folder = home / "models" / "own-model"
+    folder.parent.mkdir(parents=True)
+    shutil.copytree(tiny, folder)
+    monkeypatch.chdir(home)
+    for number, model in enumerate((str(folder), "models/own-model", "./models/../models/own-model")):
+        result = generate(Request(prompt="a red cat", model=model, steps=2, seed=5))
+        result.report["warnings"].append(f"read {folder}/transformer and {Path(model).absolute()}")
+        path = result.save(tmp_path / f"{number}.png")[0]
+        files = {one: one.read_bytes() for one in (path, path.with_suffix(".json"))}
+        files[Path("clip.mp4")] = result.pictures[0].file(".mp4")  # type: ignore[assignment]
+        for name, data in files.items():
+            assert b"own-model" in data, name
+            assert b"secret-person" not in data, name
+            assert b"models/" not in data, name
+        assert Request.from_file(path).model == "own-model"
+        assert result.request.model == model, "the one who asked still has it"
+        assert repro(path, model=str(folder)).verdict == "identical"
+        with pytest.raises(RequestError, match="confirmed by you with --model"):
+            repro(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("emoji", "emoji"), ("some-org/some-model", "some-org/some-model"), ("/home/ann/dit", "dit"), ("/home/ann/dit/", "dit"),
+        ("~/dit", "dit"), ("../../dit", "dit"), ("C:\\Users\\ann\\dit", "dit"), ("\\\\host\\share\\dit", "dit"),
+        ("~nobody-of-this-name/dit", "dit"),
+    ],
+)  # fmt: skip
+def test_what_a_model_is_called_to_others(model: str, told: str) -> None:
+    assert model_name(model) == told

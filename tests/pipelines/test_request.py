@@ -109,7 +109,7 @@ def test_json_round_trip_of_every_field() -> None:
     request = Request(
         prompt="a cat", negative_prompt="dog", model="emoji", width=64, height=32, steps=7, guidance=2.5, seed=9, images=3,
         scheduler="heun", image="start.png", strength=0.4, guidance_mode="sequential", dtype="float32", device="cpu", frames=2,
-        accelerators=(DeltaCache(interval=3),),
+        accelerators=(DeltaCache(interval=3),), metadata="none",
     )  # fmt: skip
     changed = [
         one.name for one in settings() if getattr(request, one.name) == one.default and one.name != "model"

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,10 @@ def picture(row: dict[str, Any], size: int = 64) -> np.ndarray:
     return pixels
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with emoji64.zip, photo64.zip and captions.jsonl, its rows in another order than the pictures."""
-    place = tmp_path / "data"
-    place.mkdir()
+    place = tmp_path_factory.mktemp("data")
     every = rows()
     (place / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in every[::-1]))
     for name, photos in (("emoji64.zip", False), ("photo64.zip", True)):
@@ -64,6 +63,27 @@ def folder(tmp_path: Path) -> Path:
                     Image.fromarray(picture(row)).save(stream, "WEBP", lossless=True)
                     archive.writestr(f"{row['id']}.webp", stream.getvalue())
     return place
+
+
+@pytest.fixture(scope="session")
+def written() -> Callable[[dict[str, Any], Path], Path]:
+    """Return a function that writes a recipe as a TOML file and returns its place."""
+
+    def toml(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{ " + ", ".join(f"{key} = {toml(one)}" for key, one in value.items()) + " }"
+        return json.dumps(value, ensure_ascii=False)
+
+    def write(recipe: dict[str, Any], place: Path) -> Path:
+        lines = []
+        for section, values in recipe.items():
+            for table in values if isinstance(values, list) else [values]:
+                lines.append(f"[[{section}]]" if isinstance(values, list) else f"[{section}]")
+                lines += [f"{key} = {toml(value)}" for key, value in table.items()]
+        place.write_text("\n".join(lines) + "\n")
+        return place
+
+    return write
 
 
 @pytest.fixture

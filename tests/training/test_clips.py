@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -310,3 +312,23 @@ def test_a_shipped_clip_model_goes_through_the_door(
     assert len(story.frames) == 4
     assert story.report["pixels"] != made.report["pixels"]
     catalog.unload()
+
+
+def test_sigterm_ends_a_run_on_clips_with_its_state_saved(recipe: dict[str, Any], tmp_path: Path) -> None:
+    class Signalled(MotionTrainer):
+        def step(self) -> float:
+            if self.steps() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step()
+
+    straight = begun(recipe, tmp_path / "straight")
+    for _ in range(3):
+        straight.step()
+    stopped = Signalled(copy.deepcopy(recipe), tmp_path / "run", None, None)
+    with pytest.raises(SystemExit) as ended:
+        stopped.run()
+    assert ended.value.code == 143
+    again = begun(recipe, tmp_path / "run")
+    assert again.master.steps == 2
+    again.step()
+    assert all(torch.equal(a, b) for a, b in zip(straight.master.weights, again.master.weights, strict=True))

@@ -250,19 +250,9 @@ def test_wrong_recipes_are_refused(recipe: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_the_command_line_distils(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: dict[str, Any], written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = []
-    for section, values in recipe.items():
-        for table in values if isinstance(values, list) else [values]:
-            lines.append(f"[[{section}]]" if isinstance(values, list) else f"[{section}]")
-            for key, value in table.items():
-                text = json.dumps(value)
-                if isinstance(value, dict):
-                    text = "{ " + ", ".join(f"{k} = {{ size = 3, active = 2 }}" for k in value) + " }"
-                lines.append(f"{key} = {text}")
-    (tmp_path / "tiny.toml").write_text("\n".join(lines))
-    command = ["distill", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run")]
+    command = ["distill", str(written(recipe, tmp_path / "tiny.toml")), "--out", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", [*command, "--set", "run.samples=80"])
     distill.main()
     assert json.loads((tmp_path / "run" / "progress.json").read_text())["seen"] == 80

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
+import pkgutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import training
 from dit.backbones.mmdit import MMDiT
-from training import train
+from training import stopping, train
 from training.train import SHEET, Trainer
 
 
@@ -119,6 +124,76 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe: dict[str, Any], 
         assert torch.equal(mine, other)
     for mine, other in zip(whole.master.average, second.master.average, strict=True):
         assert torch.equal(mine, other)
+
+
+def signalled(kind: type[Trainer], at: int, number: int) -> type[Trainer]:
+    """Return a trainer whose process gets a signal in the middle of its step `at`."""
+
+    class Signalled(kind):  # type: ignore[misc,valid-type]
+        def step(self) -> float:
+            if self.steps() == at - 1:
+                os.kill(os.getpid(), number)
+            return float(super().step())
+
+    return Signalled
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_the_run_and_the_same_command_goes_on(
+    recipe: dict[str, Any], tmp_path: Path, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = begun(recipe, tmp_path / "whole")
+    for _ in range(5):
+        whole.step()
+
+    before = [signal.getsignal(one) for one in stopping.SIGNALS]
+    stopped = signalled(Trainer, 3, number)(copy.deepcopy(recipe), tmp_path / "run", None, None)
+    with pytest.raises(SystemExit) as ended:
+        stopped.run()
+    assert ended.value.code == 128 + number
+    assert [signal.getsignal(one) for one in stopping.SIGNALS] == before
+    assert "saved after 24 samples" in capsys.readouterr().err
+    assert {"state.safetensors", "transformer"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+    again = begun(recipe, tmp_path / "run")
+    assert (again.seen, again.master.steps) == (24, 3)
+    for _ in range(2):
+        again.step()
+    assert all(torch.equal(a, b) for a, b in zip(whole.master.weights, again.master.weights, strict=True))
+
+
+def test_a_second_signal_does_what_it_always_did() -> None:
+    with stopping.heard() as came:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert came == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_only_the_main_thread_listens() -> None:
+    seen: list[Any] = []
+
+    def inside() -> None:
+        with stopping.heard() as came:
+            seen.append((came, signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [([], before)]
+
+
+def test_every_trainer_is_stopped_in_the_same_way() -> None:
+    for module in pkgutil.iter_modules(training.__path__):
+        importlib.import_module(f"training.{module.name}")
+
+    def below(kind: type) -> set[type]:
+        return {one for child in kind.__subclasses__() for one in (child, *below(child))}
+
+    found = {one for one in below(Trainer) if one.__module__.startswith("training.")}
+    assert {one.__name__ for one in found} >= {"MotionTrainer", "AdapterTrainer", "Distiller", "PanelTrainer"}
+    assert not [one.__name__ for one in found if {"run", "_train"} & set(vars(one))]
 
 
 def test_checks_and_sheets_leave_no_trace_in_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
