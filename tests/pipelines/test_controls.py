@@ -45,12 +45,10 @@ def test_controls_steer_and_leave_nothing_behind(place: Path, asked: Request, tm
     assert "edges 0.8 (28/28 keys)" in found.report["summary"]
     (path,) = found.save(tmp_path / "x.png")
     assert Request.from_file(path) == asked.replace(
-        controls=("edges=pic.png:0.8",), loras=("style.safetensors:0.7",)
+        controls=("edges=pic.png:0.8",), loras=("style.safetensors:0.7",), model=Path(asked.model).name
     )
-    assert str(place).encode() not in path.read_bytes().replace(asked.model.encode(), b""), (
-        "names, not places"
-    )
-    assert str(place) not in path.with_suffix(".json").read_text().replace(asked.model, "")
+    assert str(place).encode() not in path.read_bytes(), "names, not places"
+    assert str(place) not in path.with_suffix(".json").read_text()
     assert pixels(asked) == plain, "the next request knows nothing of it"
     assert pixels(request) == found.report["pixels"]
     assert pixels(asked.replace(controls=request.controls)) != found.report["pixels"], "the LoRA is gone too"
@@ -260,7 +258,11 @@ def test_the_command_and_inspect(
     text = f"edges={place}/pic.png:0.8"
     assert cli.main([*line, "--control", text, "--lora", f"{place}/style.safetensors:0.7"]) == 0
     assert "edges 0.8 (28/28 keys)" in capsys.readouterr().err
-    named = {"controls": ("edges=pic.png:0.8",), "loras": ("style.safetensors:0.7",)}
+    named = {
+        "controls": ("edges=pic.png:0.8",),
+        "loras": ("style.safetensors:0.7",),
+        "model": Path(asked.model).name,
+    }
     assert Request.from_file("x.png") == asked.replace(**named)
     assert (
         cli.main(

@@ -234,7 +234,9 @@ def test_a_request_makes_a_set_and_its_files_read_back(folder: Path, tmp_path: P
     assert first.captions.panels == tuple(SET)
     assert first.layout == Layout.of(4, 32, 32, arrangement="row")
     assert first.known == (0,)
-    assert first.request == request.one(0).replace(image="cat.png")  # a file tells no folders
+    assert first.request == request.one(0).replace(
+        image="cat.png", model=folder.name
+    )  # a file tells no folders
     assert [pixel_hash((one,)) for one in first.images] == [pixel_hash((one,)) for one in result.images[:4]]
     assert first.canvas().size == (128, 32)
     assert [one.request.seed for one in read_sets(place)] == [5, 6]
