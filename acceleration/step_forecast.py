@@ -27,6 +27,8 @@ from dit.spec import knob, spec
 VARIABLES = ("sigma", "logit", "index")
 _EDGE = 1e-3  # the logit is held this far from 0 and 1
 _SIGMAS = 1.5  # a first timestep above this counts to 1000
+MOST_WEIGHTS = 3
+"""Computed outputs that a fitted forecast may combine."""
 
 
 @spec("step-forecast", paper="TaylorSeer, arXiv:2503.06923; Adams-Bashforth")
@@ -40,10 +42,16 @@ class StepForecast(Accelerator):
     final_full: int = knob(default=1, label="Full steps at the end", low=0, high=100, unit="steps")
     order: int = knob(default=1, label="Order of the forecast, without weights", low=0, high=2)
     variable: str = knob(
-        default="sigma", label="What the forecast goes by: the noise level, its logit, or the step", choices=VARIABLES
+        default="sigma",
+        label="What the forecast goes by: the noise level, its logit, or the step",
+        choices=VARIABLES,
     )
-    mask: str | None = knob(default=None, label="Steps one by one: 1 full, 0 forecast, as in 110100 (in place of the interval)")
-    weights: str | None = knob(default=None, label="Fitted: older/newer of each run of forecast steps, as in -0.4/1.4_-0.9/1.9")
+    mask: str | None = knob(
+        default=None, label="Steps one by one: 1 full, 0 forecast, as in 110100 (in place of the interval)"
+    )
+    weights: str | None = knob(
+        default=None, label="Fitted: older/newer of each run of forecast steps, as in -0.4/1.4_-0.9/1.9"
+    )
 
     def check(self) -> None:
         """Raises: ValueError for a mask or weights that cannot be read, or do not go together."""
@@ -56,10 +64,14 @@ class StepForecast(Accelerator):
         gaps = _gaps(self.mask)
         found = _read(self.name, self.weights)
         if len(found) != len(gaps):
-            raise ValueError(f"{self.name}: the mask has {len(gaps)} runs of forecast steps, weights are given for {len(found)}")
+            raise ValueError(
+                f"{self.name}: the mask has {len(gaps)} runs of forecast steps, weights are given for {len(found)}"
+            )
         for (first, _), row in zip(gaps, found, strict=True):
             if len(row) > self.mask[:first].count("1"):
-                raise ValueError(f"{self.name}: {len(row)} weights for step {first}, but fewer full steps come before it")
+                raise ValueError(
+                    f"{self.name}: {len(row)} weights for step {first}, but fewer full steps come before it"
+                )
 
     @property
     def neutral(self) -> bool:
@@ -126,7 +138,10 @@ class _Forecasting:
 
     def __init__(self, plan: StepForecast, run: Run) -> None:
         self.plan, self.run, self._rows = plan, run, plan.rows()
-        self._made_up: dict[tuple[str, int], tuple[int, int]] = {}  # by branch and evaluation, run and step of the last one
+        self._reach = max(map(len, self._rows.values()), default=1)
+        self._made_up: dict[
+            tuple[str, int], tuple[int, int]
+        ] = {}  # by branch and evaluation, run and step of the last one
 
     def answer(self, call: Call, compute: Any) -> Any:
         """Return the output of a call, computed or forecast."""
@@ -161,7 +176,7 @@ class _Forecasting:
     def _keep(self, call: Call, known: _Known, output: Any) -> None:
         known.blocks, known.made = len(call.states), None
         if self.plan.weights is not None:
-            known.outputs = [*known.outputs, mapped(output, Tensor.detach)][-2:]
+            known.outputs = [*known.outputs, mapped(output, Tensor.detach)][-self._reach :]
         else:
             parts = leaves(output)
             if len(parts) != len(known.ladders):
@@ -177,7 +192,9 @@ class _Forecasting:
         call.states.extend("F" * (known.blocks or len(self.run.blocks)))
         if row is None:
             ladders, where = iter(known.ladders), self._where(call, known)
-            return mapped(known.outputs[-1], lambda x: next(ladders).at(where) if x.is_floating_point() else x.clone())
+            return mapped(
+                known.outputs[-1], lambda x: next(ladders).at(where) if x.is_floating_point() else x.clone()
+            )
         if known.made is None:  # the same for the whole run of steps
             known.made = _combined(known.outputs[-len(row) :], row)
         return mapped(known.made, Tensor.clone)
@@ -221,7 +238,9 @@ def _combined(outputs: list[Any], row: tuple[float, ...]) -> Any:
     def part(x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x.clone()
-        total = sum((weight * precise(next(one)) for weight, one in zip(row, parts, strict=True)), torch.zeros(()))
+        total = sum(
+            (weight * precise(next(one)) for weight, one in zip(row, parts, strict=True)), torch.zeros(())
+        )
         return total.to(x.dtype)
 
     return mapped(outputs[-1], part)
@@ -243,7 +262,11 @@ def _read(name: str, weights: str) -> list[tuple[float, ...]]:
     try:
         rows = [tuple(float(one) for one in row.split("/")) for row in weights.split("_")]
     except ValueError:
-        raise ValueError(f"{name}: weights are numbers a/b, rows joined by _, got {weights!r}") from None
-    if any(len(row) > 2 or not all(map(math.isfinite, row)) for row in rows):
-        raise ValueError(f"{name}: one or two finite weights for each run of forecast steps, got {weights!r}")
+        raise ValueError(
+            f"{name}: weights are numbers a/b or a/b/c, rows joined by _, got {weights!r}"
+        ) from None
+    if any(len(row) > MOST_WEIGHTS or not all(map(math.isfinite, row)) for row in rows):
+        raise ValueError(
+            f"{name}: one to {MOST_WEIGHTS} finite weights for each run of forecast steps, got {weights!r}"
+        )
     return rows

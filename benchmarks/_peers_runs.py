@@ -21,13 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acceleration.fitting import Gram, Trajectory
+from acceleration.base import accelerated
+from acceleration.fitting import Course, Gram, fits, settled
+from acceleration.step_forecast import StepForecast
 from benchmarks._peers_methods import EXACT, Setting, attached, own, version
 from benchmarks.machine import ROOT, interleaved
 from benchmarks.measures import relative_error
 from dit.seams import blocks_of, patched
 from pipelines.catalog import Loaded
 from pipelines.compare import difference
+from pipelines.trajectories import Recorder
 
 WORK = ROOT / "runs" / "peers"
 MOST = 90.0
@@ -109,26 +112,30 @@ class Bench:
         } | more
         return self.pipeline(prompt=prompt, seeds=[seed], **given).images
 
-    def trajectory(self, steps: int, prompts: Sequence[str]) -> Trajectory:
-        """Return the inner products of exact runs of other prompts, seeds from 100 on, for `acceleration.fitting`."""
-        known = self.store.get("trajectory", self.base, steps, len(prompts))
-        if known is None:
-            gram, seen = Gram(), []
-            inner = self.pipeline.scheduler.step
+    def fitted(self, steps: int, prompts: Sequence[str], counts: Sequence[int]) -> list[str]:
+        """Return step forecasts of these counts of full steps, fitted to runs of other prompts, seeds from 100 on."""
+        key = ("fitted", f"{self.base} {self._own}", steps, len(prompts))
+        missing = [full for full in counts if self.store.get(*key, full) is None]
+        if missing:
+            exact, gram = self._courses(steps, prompts), Gram()
+            for one in exact:
+                gram.add([velocity[None] for velocity in one.velocities], one.sigmas)
+            for full, begun in fits(gram.trajectory(), missing).items():
+                method = settled(begun, exact, lambda method: self._courses(steps, prompts, method))
+                self.store.put(str(method), *key, full)
+                print(f"{steps} steps, {full} full ones: fitted", flush=True)
+        return [self.store.get(*key, full) for full in counts]
 
-            def step(predicted: Tensor, *more: Any, **named: Any) -> Any:
-                seen.append(predicted.detach().clone())
-                return inner(predicted, *more, **named)
-
-            for place, prompt in enumerate(prompts):
-                seen.clear()
-                with patched(self.pipeline.scheduler, "step", step):
-                    self.call(steps, prompt, 100 + place)
-                gram.add(seen, [float(one) for one in self.pipeline.scheduler.sigmas])
-            made = gram.trajectory()
-            known = {"gram": made.gram.tolist(), "sigmas": list(made.sigmas)}
-            self.store.put(known, "trajectory", self.base, steps, len(prompts))
-        return Trajectory(torch.tensor(known["gram"], dtype=torch.float64), tuple(known["sigmas"]))
+    def _courses(self, steps: int, prompts: Sequence[str], *methods: StepForecast) -> list[Course]:
+        """Return the runs of prompts, exact or with a forecast."""
+        found: list[Course] = []
+        scheduler, network = self.pipeline.scheduler, self.pipeline.transformer
+        for place, prompt in enumerate(prompts):
+            recorder = Recorder(scheduler)
+            with patched(scheduler, "step", recorder.step), accelerated(network, *methods, steps=steps):
+                self.call(steps, prompt, 100 + place)
+            found += recorder.courses()
+        return found
 
     def quality(self, setting: Setting, pictures: Sequence[tuple[str, int]]) -> list[Found]:
         """Return how far each picture is from the exact one; only those not in the work file are made."""

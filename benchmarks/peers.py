@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from acceleration.fitting import fit
 from benchmarks import _peers_plot
 from benchmarks._peers_front import Point, Reading, ahead, at_level, bound, delta_formula
 from benchmarks._peers_methods import Setting, absent, own, version
@@ -142,8 +141,7 @@ def _fitted(bench: Bench, steps: int) -> list[str]:
     if not card.more.get("concepts") or not FITTED.get(steps):
         return []
     prompts = training_prompts(card.more["concepts"], card.more.get("styles") or [""])
-    trajectory = bench.trajectory(steps, prompts)
-    return [str(fit(trajectory, full)) for full in FITTED.get(steps, ())]
+    return bench.fitted(steps, prompts, FITTED[steps])
 
 
 def _kept(

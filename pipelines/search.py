@@ -17,7 +17,7 @@ import numpy as np
 
 from acceleration.base import Accelerator
 from acceleration.delta_cache import DeltaCache
-from acceleration.fitting import fit
+from acceleration.fitting import fits
 from acceleration.step_forecast import StepForecast
 from acceleration.taylor_cache import TaylorCache
 from dit.spec import knobs
@@ -32,6 +32,8 @@ SCREENED, EXPLORED = 0.5, 0.7
 
 RECORDED, FITTED = 0.12, 0.35
 """Parts of the search time after which no further run is recorded, and no further fitted forecast is measured."""
+REFITTED = 0.45
+"""Part of the search time after which none is fitted anew to the runs that it makes."""
 
 DECIBELS = 12.0
 """What twice the speed-up costs, roughly, where two methods have no speed-up in common."""
@@ -177,7 +179,7 @@ class Search:
         if trajectory is None or trajectory.steps != steps:
             return
         counts = range(max(2, steps // 8), max(3, round(0.8 * steps)))
-        ladder = {full: (fit(trajectory, full),) for full in counts}
+        ladder = {full: (method,) for full, method in fits(trajectory, counts).items()}
         for methods in ladder.values():
             if self.used() > FITTED:
                 break
@@ -185,10 +187,18 @@ class Search:
         points = {full: self._known(methods) for full, methods in ladder.items()}
         near = [full for full, one in points.items() if one is not None and self.wished(one)]
         edge = (min(near) if self.psnr is not None else max(near)) if near else max(counts)
-        for full in sorted(counts, key=lambda one: abs(one - edge))[: SURER + 2]:
+        close = sorted(counts, key=lambda one: abs(one - edge))[: SURER + 2]
+        for full in close:
             if self.used() > FITTED:
                 break
             self.measure(ladder[full], len(self.scenes))
+        self.tell("fitting them anew to the runs that they make")
+        for full in close:
+            if self.used() > REFITTED:
+                break
+            method = self.bench.settled(ladder[full][0], lambda: self.used() > REFITTED)
+            if method != ladder[full][0]:
+                self.measure((method,), len(self.scenes))
 
     def _known(self, methods: Methods) -> Point | None:
         known = self.tried.get(_key(methods))

@@ -19,17 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from acceleration.fitting import Gram, Trajectory
+from acceleration.fitting import Course, Gram, Trajectory, settled
+from acceleration.step_forecast import StepForecast
 from pipelines import masks
 from pipelines.compare import difference_of_clips
 from pipelines.request import Request, RequestError
-from pipelines.trajectories import recording
+from pipelines.trajectories import courses
 
 if TYPE_CHECKING:
     from pipelines.generate import OnStep, Progress
     from pipelines.result import Result
 
 Methods = tuple[Any, ...]
+REFIT_ON, REFIT_BYTES = 16, 2 << 30
+"""Runs that a forecast is fitted anew to, and the memory that they may take."""
 HIGHEST = 100.0
 """PSNR in dB that an identical picture counts as in a mean."""
 
@@ -153,12 +156,12 @@ class Bench:
         self.exact_seconds: list[float] = []
         self._exact: dict[Scene, Result] = {}
         self._gram = Gram()
+        self._courses: dict[Scene, Course] = {}
 
     def exact(self, scene: Scene) -> Result:
         """Return the exact result of a scene, made once."""
         if scene not in self._exact:
-            with recording(self._gram):
-                found = self._made(scene.of(self.base))
+            found = self._recorded(scene)
             if found.report["failures"]:
                 raise RequestError(
                     "model",
@@ -175,9 +178,34 @@ class Bench:
             if enough():
                 break
             if scene not in self._exact:
-                with recording(self._gram):
-                    self._made(scene.of(self.base))
+                self._recorded(scene)
         return self._gram.trajectory() if self._gram.pictures else None
+
+    def _recorded(self, scene: Scene) -> Result:
+        """Make an exact run and take in its course."""
+        with courses() as found:
+            made = self._made(scene.of(self.base))
+        for one in found:
+            self._gram.add([velocity[None] for velocity in one.velocities], one.sigmas)
+        if len(self._courses) < REFIT_ON and len(found) == 1 and found[0].bytes * REFIT_ON <= REFIT_BYTES:
+            self._courses[scene] = found[0].cpu()
+        return made
+
+    def settled(self, method: StepForecast, enough: Callable[[], bool]) -> StepForecast:
+        """Return the best of a fitted forecast and its refits to the runs it makes of recorded scenes, begun until `enough`."""
+        known = dict(self._courses)
+
+        def make(one: StepForecast) -> list[Course]:
+            found: list[Course] = []
+            for scene in known:
+                with courses() as made:
+                    self._made(scene.of(self.base).replace(accelerators=(one,)))
+                found += [course.cpu() for course in made]
+            return found
+
+        if not known or enough():
+            return method
+        return settled(method, list(known.values()), make, rounds=2)
 
     def trial(self, methods: Methods, scene: Scene, *, sketched: bool = False) -> Trial:
         """Return the trial of some accelerators on a scene, from the log or made now. Raises: TimeUp."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from acceleration import StepForecast, accelerated
-from acceleration.fitting import Gram, Trajectory, error, fit
+from acceleration.fitting import Course, Gram, Trajectory, distance, error, fit, refit, settled
 from acceleration.step_forecast import _gaps, _read
 
 STEPS = 8
@@ -34,7 +34,9 @@ def recorded(**given: Any) -> Trajectory:
 def end(velocities: list[Tensor], method: StepForecast) -> Tensor:
     """Where Euler's method arrives from 0 with the forecast, worked out here by hand."""
     at, kept, sigmas = torch.zeros_like(velocities[0]), [], levels(len(velocities))
-    rows = dict(zip((first for first, _ in _gaps(method.mask or "")), _read("", method.weights or "0"), strict=False))
+    rows = dict(
+        zip((first for first, _ in _gaps(method.mask or "")), _read("", method.weights or "0"), strict=False)
+    )
     made = None
     for step, velocity in enumerate(velocities):
         if method.skips(step, len(velocities)):
@@ -138,3 +140,94 @@ def test_what_cannot_be_fitted_is_said() -> None:
         Trajectory(torch.eye(3), (1.0, 0.0))
     with pytest.raises(ValueError, match="must fall"):
         Trajectory(torch.eye(2), (1.0, 1.0, 0.0))
+
+
+def bent(x: Tensor, level: float) -> Tensor:
+    """A velocity that depends on where the picture stands, so that a forecast run leaves the exact path."""
+    turn = torch.randn(x.shape[-1], x.shape[-1], generator=torch.Generator().manual_seed(7))
+    return torch.tanh(2 * x @ turn) * (1 + level) - x * torch.cos(torch.tensor(4 * level))
+
+
+def driven(method: StepForecast | None = None, pictures: int = 24, seed: int = 0) -> list[Course]:
+    """Euler's method over `bent`, exact or with a forecast, worked out here by hand."""
+    draw, sigmas = torch.Generator().manual_seed(seed), levels()
+    at = torch.randn(pictures, 6, generator=draw)
+    places, moves, kept = [at], [], []
+    rows = {} if method is None else method.rows()
+    for step in range(STEPS):
+        if step in rows:
+            used = sum(w * v for w, v in zip(rows[step], kept[-len(rows[step]) :], strict=True))
+        else:
+            used = bent(at, sigmas[step])
+            kept.append(used)
+        at = at + (sigmas[step + 1] - sigmas[step]) * used
+        places.append(at)
+        moves.append(used)
+    return [
+        Course(*one, tuple(sigmas)) for one in zip(torch.stack(places, 1), torch.stack(moves, 1), strict=True)
+    ]
+
+
+def fitted(full: int, exact: list[Course]) -> StepForecast:
+    gram = Gram()
+    for one in exact:
+        gram.add([velocity[None] for velocity in one.velocities], one.sigmas)
+    return fit(gram.trajectory(), full)
+
+
+@pytest.mark.parametrize("full", [2, 3, 4])
+def test_a_refit_follows_the_path_that_the_forecast_takes(full: int) -> None:
+    exact, other = driven(), driven(seed=5)
+    method = fitted(full, exact)
+    found = settled(method, exact, driven)
+    assert found.mask == method.mask
+    assert distance(exact, driven(found)) < distance(exact, driven(method)) - 0.05
+    assert distance(other, driven(found, seed=5)) < distance(other, driven(method, seed=5))
+
+
+def test_a_refit_of_the_last_steps_is_the_best_combination() -> None:
+    """Whatever is added to its weights, the mean of the logs of the errors grows."""
+    exact = driven()
+    method = fitted(3, exact)
+    for _ in range(6):
+        method = refit(method, exact, driven(method))
+    best = distance(exact, driven(method))
+    *before, last = (method.weights or "").split("_")
+    weights = [float(one) for one in last.split("/")]
+    assert len(weights) == 3, "the last run of forecast steps combines three computed velocities"
+    for place in range(3):
+        for sign in (-0.05, 0.05):
+            moved = [w + sign * (place == i) for i, w in enumerate(weights)]
+            row = "/".join(map(str, moved))
+            changed = StepForecast(mask=method.mask, weights="_".join([*before, row]))
+            assert distance(exact, driven(changed)) > best
+
+
+def test_settled_never_returns_a_worse_forecast() -> None:
+    exact = driven()
+    method = fitted(3, exact)
+    spoiled = [Course(one.places * 0 + 9, one.velocities, one.sigmas) for one in exact]
+    runs = iter([driven(method), *[spoiled] * 3])
+    assert settled(method, exact, lambda _: next(runs)) == method
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    exact = driven()
+    method = fitted(3, exact)
+    made = driven(method)
+    for wrong in (
+        lambda: refit(method, exact, made[1:]),
+        lambda: refit(StepForecast(interval=2), exact, made),
+        lambda: refit(StepForecast(mask="10", weights="1"), exact, made),
+        lambda: refit(method, [], []),
+        lambda: Course(made[0].places[1:], made[0].velocities, made[0].sigmas),
+    ):
+        with pytest.raises(ValueError, match=r"refit|course"):
+            wrong()
+
+
+def test_one_full_step_and_all_of_them() -> None:
+    exact = driven()
+    assert refit(fitted(STEPS, exact), exact, driven()).neutral
+    one = settled(fitted(1, exact), exact, driven)
+    assert (one.weights or "").count("/") == 0

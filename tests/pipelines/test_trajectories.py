@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from acceleration.fitting import Gram, fit
+from acceleration.fitting import Course, Gram, distance, fit, settled
+from acceleration.step_forecast import StepForecast
 from pipelines.generate import Cancelled, generate
 from pipelines.request import Request
 from pipelines.schedulers import watched
-from pipelines.trajectories import recording
+from pipelines.trajectories import courses, recording
 
 STEPS = 6
 
@@ -52,6 +53,25 @@ def test_fitted_forecast_skips_steps_of_the_model_it_was_fitted_to(tiny: str) ->
     assert method.mask is not None
     assert run["fraction"] == pytest.approx(0.5)
     assert [bool(cell.get("step forecast")) for cell in run["cells"]].count(True) % 3 == 0
+
+
+def test_courses_hold_every_latent_and_a_refit_brings_runs_nearer(tiny: str) -> None:
+    def made(*methods: StepForecast) -> list[Course]:
+        with courses() as found:
+            for seed in range(3):
+                generate(asked(tiny, seed=seed, accelerators=methods))
+        return found
+
+    exact, gram = made(), Gram()
+    assert len(exact) == 3
+    for one in exact:
+        moves = torch.tensor(one.sigmas).diff().view(-1, *[1] * (one.velocities.ndim - 1)) * one.velocities
+        torch.testing.assert_close(one.places[1:] - one.places[:-1], moves, atol=1e-5, rtol=1e-4)
+        gram.add([velocity[None] for velocity in one.velocities], one.sigmas)
+    method = fit(gram.trajectory(), 2)
+    better = settled(method, exact, made)
+    assert better.mask == method.mask
+    assert distance(exact, made(better)) < distance(exact, made(method))
 
 
 def test_other_schedulers_and_runs_cut_short_are_left_out(tiny: str) -> None:

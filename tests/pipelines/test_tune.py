@@ -176,7 +176,7 @@ def test_a_killed_search_goes_on_where_it_was(
     def dying(_: Any) -> bool:
         nonlocal calls
         calls += 1
-        if calls > 90:
+        if calls > 200:
             raise KeyboardInterrupt
         return True
 
