@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import gradio as gr
 
@@ -20,9 +18,10 @@ import app_rooms as rooms
 import app_views as views
 from app_compare_views import numbers, viewer
 from app_jobs import QueueFull
-from app_page import House, sentence, served
+from app_page import House, sentence
+from app_pairs import Newest, Pairs
+from app_settings import Choice
 from pipelines.jobs import Job as Row
-from pipelines.likeness import Likeness, likeness
 from pipelines.metadata import read_metadata
 from pipelines.request import Request, RequestError
 
@@ -37,6 +36,8 @@ SMALL = 192
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".mp4", ".gif")
 NOTHING = '<div class="room"><p class="hint">Choose two results, or bring your own files.</p></div>'
 FILMS = (".mp4",)
+_ASK = "(a, b, uploads) => [a, b, uploads, window.leapfrogAsked = (window.leapfrogAsked ?? 0) + 1]"
+"""Counts what a page asks for, in the page itself: what reaches the server in another order is still known by its number."""
 
 
 class Compare:
@@ -47,11 +48,13 @@ class Compare:
     def __init__(self, house: House) -> None:
         self.house = house
         self.parts: dict[str, Any] = {}
+        self.pairs, self.newest = Pairs(), Newest()
 
     def draw(self) -> None:
         """Make the components, inside a tab."""
         parts = self.parts
         parts["uploads"] = gr.State({})
+        parts["asked"] = gr.Number(0, visible=False, precision=0)
         parts["job"] = gr.State("")
         gr.Markdown(
             "Two results of the same size, beside each other on their original bytes.", elem_classes="note"
@@ -59,7 +62,7 @@ class Compare:
         with gr.Row():
             for side in "ab":
                 with gr.Column(min_width=280):
-                    parts[side] = gr.Dropdown(
+                    parts[side] = Choice(
                         [], label=f"Result {side.upper()}", elem_id=f"compare-{side}", value=None
                     )
                     parts[f"upload {side}"] = gr.UploadButton(
@@ -82,17 +85,19 @@ class Compare:
         rooms.connect(page)
         sides, lists = [parts["a"], parts["b"]], [parts["a"], parts["b"], parts["uploads"]]
         shown = [parts["status"], parts["view"], parts["numbers"]]
-        parts["refresh"].click(self._choices, lists, sides, queue=False, **rooms.PRIVATE)
+        # A choice is told twice, and again whenever the list loses the focus; what is chosen meanwhile must be heard too.
+        compare: dict[str, Any] = {
+            "fn": self._compare, "inputs": [*lists, parts["asked"]], "outputs": shown, "js": _ASK, "trigger_mode": "multiple",
+            "concurrency_limit": AT_ONCE, "concurrency_id": "compare", **rooms.PRIVATE,
+        }  # fmt: skip
+        then = {key: value for key, value in compare.items() if key != "trigger_mode"}
+        looks = [parts["refresh"].click, *(parts[side].focus for side in "ab"), self.house.entered.then]
+        if "Compare" in self.house.opened:
+            looks.append(self.house.opened["Compare"].select)
+        for look in looks:
+            look(self._choices, lists, sides, queue=False, **rooms.PRIVATE)
         for side in "ab":
-            parts[side].focus(self._choices, lists, sides, queue=False, **rooms.PRIVATE)
-            parts[side].input(
-                self._compare,
-                lists,
-                shown,
-                concurrency_limit=AT_ONCE,
-                concurrency_id="compare",
-                **rooms.PRIVATE,
-            )
+            parts[side].input(**compare)
             brought = parts[f"upload {side}"].upload(
                 self._brought(side),
                 [parts[f"upload {side}"], *lists],
@@ -100,24 +105,17 @@ class Compare:
                 queue=False,
                 **rooms.PRIVATE,
             )
-            brought.then(
-                self._compare,
-                lists,
-                shown,
-                concurrency_limit=AT_ONCE,
-                concurrency_id="compare",
-                **rooms.PRIVATE,
-            )
+            brought.then(**then)
         asked = [parts["job"], parts["status"], parts["stop"]]
         started = parts["exact"].click(self._exact, lists, asked, **rooms.PRIVATE)
         watched = started.then(
-            self._watch, [parts["job"], *lists], [*sides, parts["status"], parts["stop"]], **rooms.PRIVATE
+            self._watch,
+            [parts["job"], *lists],
+            [*sides, parts["status"], parts["stop"]],
+            **rooms.PRIVATE,
         )
-        watched.then(
-            self._compare, lists, shown, concurrency_limit=AT_ONCE, concurrency_id="compare", **rooms.PRIVATE
-        )
+        watched.then(**then)
         parts["stop"].click(self._stop, parts["job"], None, queue=False, **rooms.PRIVATE)
-        self.house.entered.then(self._choices, lists, sides, queue=False, **rooms.PRIVATE)
 
     def results(self, owner: str) -> list[tuple[str, str, Path, Row]]:
         """Return the newest results of a session: label, name, file and row."""
@@ -128,16 +126,30 @@ class Compare:
         return found[:LISTED]
 
     def _choices(
-        self, request: gr.Request, a: str | None, b: str | None, uploads: Mapping[str, str]
+        self,
+        request: gr.Request,
+        a: str | None,
+        b: str | None,
+        uploads: Mapping[str, str],
+        chosen: Mapping[str, str | None] | None = None,
     ) -> tuple[Any, Any]:
+        """Offer what there is now; a side that is named in `chosen` is given that result.
+
+        What stands there stays, unless it is gone: the answer may be later than a choice.
+        """
         known = [
             (label, name)
             for label, name, file, _ in self.results(self.house.session(request))
             if file.exists()
         ]
         known += [(f"{Path(path).name} (yours)", name) for name, path in uploads.items()]
-        names = [name for _, name in known]
-        return tuple(gr.Dropdown(known, value=one if one in names else None) for one in (a, b))
+        names = {name for _, name in known}
+        sides = {side: None for side, one in (("a", a), ("b", b)) if one and one not in names} | dict(
+            chosen or {}
+        )
+        return tuple(
+            gr.Dropdown(known, value=sides[side]) if side in sides else gr.Dropdown(known) for side in "ab"
+        )
 
     def _brought(self, side: str) -> Any:
         def bring(
@@ -154,8 +166,7 @@ class Compare:
                 return gr.skip(), gr.skip(), dict(uploads), views.trouble(words)
             name = f"yours-{secrets.token_urlsafe(8)}"
             now = dict(uploads) | {name: file}
-            a, b = (name, b) if side == "a" else (a, name)
-            return (*self._choices(request, a, b, now), now, "")
+            return (*self._choices(request, a, b, now, {side: name}), now, "")
 
         return bring
 
@@ -170,6 +181,15 @@ class Compare:
         return Path(row.files[int(place)]), row
 
     def _compare(
+        self, request: gr.Request, a: str | None, b: str | None, uploads: Mapping[str, str], number: float
+    ) -> tuple[Any, Any, Any]:
+        """Show what differs, unless this page has asked for another pair since: a slow answer never wins over a newer one."""
+        page = str(getattr(request, "session_hash", None) or "")
+        self.newest.asked(page, number)
+        found = self._compared(request, a, b, uploads)
+        return (gr.skip(), gr.skip(), gr.skip()) if self.newest.over(page, number) else found
+
+    def _compared(
         self, request: gr.Request, a: str | None, b: str | None, uploads: Mapping[str, str]
     ) -> tuple[Any, Any, Any]:
         if not a or not b:
@@ -177,18 +197,11 @@ class Compare:
         try:
             owner = self.house.session(request)
             (left, first), (right, second) = (self._file(owner, one, uploads) for one in (a, b))
-            found = likeness(left, right)
+            found, heat = self.pairs.measured(left, right)
             told = [known(path, row) for path, row in ((left, first), (right, second))]
             floor = self._floor(owner, told, [first, second])
-            small = found.size[0] <= SMALL
-            view = viewer(
-                rooms.address(left),
-                rooms.address(right),
-                heat_address(found),
-                found,
-                small=small,
-                films=_films(left, right),
-            )
+            small, films = found.size[0] <= SMALL, _films(left, right)
+            view = viewer(rooms.address(left), rooms.address(right), heat, found, small=small, films=films)
             return "", view, numbers(found, told, floor, _measured(first, second))
         except (RequestError, OSError) as error:
             words = (
@@ -261,7 +274,7 @@ class Compare:
             await asyncio.sleep(WATCHED)
             jobs.refresh(job)
         if job.state == "done":
-            left, right = self._choices(request, f"{name}/0", f"{name}/1", uploads)
+            left, right = self._choices(request, a, b, uploads, {"a": f"{name}/0", "b": f"{name}/1"})
             yield left, right, "", gr.Button(visible=False)
         else:
             yield gr.skip(), gr.skip(), views.ended(job), gr.Button(visible=False)
@@ -302,14 +315,6 @@ def floor_of(measured: Mapping[str, Any] | None) -> float | None:
         return None
     levels = [math.inf if one.get("psnr_db") is None else float(one["psnr_db"]) for one in rows]
     return min(levels)
-
-
-def heat_address(found: Likeness) -> str:
-    """Return the address of the difference as a picture."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "difference.png"
-        path.write_bytes(found.heat)
-        return f"gradio_api/file={quote(served(path))}"
 
 
 def _films(a: Path, b: Path) -> tuple[bool, bool]:

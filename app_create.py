@@ -83,7 +83,8 @@ class Create(Layout):
         restyle = [inputs["prompt"], inputs["style"], inputs["model"]]
         inputs["style"].input(self._restyle, restyle, inputs["prompt"], **_QUICK)
         parts["examples"].click(self._example, [parts["examples"], inputs["model"]], restyle[:2], **_QUICK)
-        parts["concepts"].input(self._concept, [parts["concepts"], *restyle[1:]], inputs["prompt"], **_QUICK)
+        put = [inputs["prompt"], parts["concepts"]]
+        parts["concepts"].input(self._concept, [parts["concepts"], *restyle[1:]], put, **_QUICK)
         seeds = [inputs["seed"], inputs["new_seed"]]
         parts["die"].click(
             lambda: (str(secrets.randbelow(form.LARGEST_RANDOM_SEED)), False), None, seeds, **_QUICK
@@ -100,7 +101,10 @@ class Create(Layout):
             if chosen:
                 inputs[name].input(_only(chosen), inputs[name], chosen, **_QUICK)
             inputs[name].change(_shown, inputs[name], parts[f"{name} settings"], **_QUICK)
-        inputs["model"].input(self._model, inputs["model"], self._model_parts(), **_QUICK)
+        # not `input`: a list says that whenever it loses the focus, and what was typed since would be lost
+        inputs["model"].change(
+            self._other_model, [inputs["model"], parts["form_of"]], self._model_parts(), **_QUICK
+        )
 
     def _connect_notes(self) -> None:
         """Keep the lines about tokens, speed and time true while the form changes."""
@@ -294,13 +298,20 @@ class Create(Layout):
     def _example(self, sample: Sequence[str], model: str) -> tuple[str, str]:
         return sample[0], form.style_in(sample[0], form.styles_of(self.cards[model]))
 
-    def _concept(self, concept: str | None, style: str, model: str) -> Any:
-        return form.restyled(concept, style, form.styles_of(self.cards[model])) if concept else gr.skip()
+    def _concept(self, concept: str | None, style: str, model: str) -> tuple[Any, Any]:
+        """Put a thing into the prompt, once: the list chooses nothing afterwards."""
+        if not concept:
+            return gr.skip(), gr.skip()
+        return form.restyled(concept, style, form.styles_of(self.cards[model])), None
 
     def _model_parts(self) -> list[Any]:
         """Return the components that another model changes."""
-        names = ("about", "concepts", "examples", "example_box", "refused", "tokens")
+        names = ("about", "concepts", "examples", "example_box", "refused", "tokens", "form_of")
         return [*self.inputs.values(), *(self.parts[name] for name in names)]
+
+    def _other_model(self, model: str, known: str) -> Updates:
+        """Show what a chosen model's card says, unless the form is this model's already."""
+        return {self.parts["form_of"]: gr.skip()} if model == known else self._model(model)
 
     def _model(self, model: str) -> Updates:
         """Show what the model's card says, and its defaults."""
@@ -308,6 +319,7 @@ class Create(Layout):
         styles, concepts, examples = form.styles_of(card), form.concepts_of(card), form.examples_of(card)
         values = form.values_of(Request(model=model, prompt="-"), card, {})
         return self.given.of_model(card) | {
+            parts["form_of"]: model,
             parts["about"]: form.about(card),
             parts["concepts"]: gr.Dropdown(concepts, value=None, visible=bool(concepts)),
             parts["examples"]: gr.Dataset(samples=examples),

@@ -156,9 +156,11 @@ def request_of(
     seed = str(values["seed"]).strip()
     new = not seed or (values["new_seed"] and seed == written)
     width, _, height = str(values["size"] or "").partition("x")
+    if width and not (width.isdecimal() and height.isdecimal()):
+        raise RequestError("size", values["size"], "a width and a height in px, as 512x512")
     return Request(
         model=values["model"],
-        prompt="" if takes_class else values["prompt"] or "",
+        prompt="" if takes_class or "prompts" in (more or {}) else values["prompt"] or "",
         negative_prompt="" if takes_class else values["negative_prompt"] or "",
         class_label=given_inputs.whole(values["class_label"]) if takes_class else None,
         width=int(width) if width else None,
@@ -214,7 +216,7 @@ def values_of(request: Request, card: Card, given: Mapping[str, Sequence[Field]]
     width, height = request.width or card.width, request.height or card.height
     values: dict[str, Any] = {
         "model": request.model,
-        "prompt": request.prompt,
+        "prompt": request.prompts or request.prompt,
         "negative_prompt": request.negative_prompt,
         "class_label": request.class_label or 0,
         "style": style_in(request.prompt, styles_of(card)),

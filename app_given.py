@@ -103,6 +103,8 @@ def fields_of(values: Mapping[str, Any], card: Card, keep: Store) -> dict[str, A
         found |= {"known": values["known"]} if values["image"] else {}
     if tasks.TASKS[task].clip:
         found |= {"frames": whole(values["frames"]), "fps": values["fps"] or None}
+    if task == "story":
+        found["prompts"] = values["prompt"] or ""
     return found
 
 

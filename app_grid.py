@@ -125,7 +125,7 @@ class Grid:
             parts[name] for name in ("status", "table", "scatter", "failures", "failed", "after", "stop")
         ]
         for name in "xyz":
-            parts[f"{name} field"].input(
+            parts[f"{name} field"].change(
                 example, parts[f"{name} field"], parts[f"{name} values"], queue=False, **rooms.PRIVATE
             )
         parts["dry"].click(self._dry, given, parts["status"], **rooms.PRIVATE)
@@ -145,7 +145,7 @@ class Grid:
             concurrency_limit=1,
             **rooms.PRIVATE,
         )
-        parts["model"].input(
+        parts["model"].change(
             self._model,
             parts["model"],
             [parts[name] for name in ("prompt", "class_label", "steps", "guidance")],

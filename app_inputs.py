@@ -14,10 +14,23 @@ import app_given as given
 import app_tasks as tasks
 import app_views as views
 from app_page import sentence
+from app_settings import Choice
 from pipelines.catalog import Card
 from pipelines.request import RequestError
 
-GROUPS = ("image", "strength", "editor", "last_image", "controls", "panels", "layout", "known", "frames", "fps", "file_type")
+GROUPS = (
+    "image",
+    "strength",
+    "editor",
+    "last_image",
+    "controls",
+    "panels",
+    "layout",
+    "known",
+    "frames",
+    "fps",
+    "file_type",
+)
 """What is shown for some tasks alone; `controls` stands for the whole section."""
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -36,7 +49,12 @@ class TaskInputs:
         """Make the choice of the task, and what the model cannot do below it."""
         choices = tasks.choices(card)
         self.inputs["task"] = gr.Radio(
-            choices, value=_first(card), label="Task", elem_classes="chips", elem_id="task", visible=len(choices) > 1
+            choices,
+            value=_first(card),
+            label="Task",
+            elem_classes="chips",
+            elem_id="task",
+            visible=len(choices) > 1,
         )
         self.parts["refused"] = gr.HTML(refused(card), elem_id="refused")
 
@@ -54,7 +72,9 @@ class TaskInputs:
         inputs["last_image"] = gr.Image(
             label="Last picture", visible="last_image" in shown, elem_id="last-picture", **picture
         )
-        radius = max(1, (card.width or 800) // 25)  # gradio would take a part of its canvas, which is larger than our pictures
+        radius = max(
+            1, (card.width or 800) // 25
+        )  # gradio would take a part of its canvas, which is larger than our pictures
         inputs["editor"] = gr.ImageEditor(
             label="Picture: paint over what is made anew", type="filepath", image_mode="RGBA", format="png",
             sources=["upload", "clipboard"], transforms=[], layers=False, visible="editor" in shown, elem_id="editor",
@@ -64,7 +84,15 @@ class TaskInputs:
         inputs["strength"] = form.control(fields["strength"], visible="strength" in shown)
         with gr.Row():
             inputs["panels"] = gr.Slider(
-                2, 16, 4, step=1, precision=0, label="Panels", visible="panels" in shown, buttons=[], min_width=130
+                2,
+                16,
+                4,
+                step=1,
+                precision=0,
+                label="Panels",
+                visible="panels" in shown,
+                buttons=[],
+                min_width=130,
             )
             inputs["layout"] = form.control(fields["layout"], label="Layout", visible="layout" in shown)
         inputs["known"] = form.control(
@@ -81,7 +109,12 @@ class TaskInputs:
             )  # fmt: skip
             kinds = [("PNG, lossless", ".png"), ("MP4", ".mp4"), ("GIF", ".gif")]
             inputs["file_type"] = gr.Dropdown(
-                kinds, value=".png", label="File", visible="file_type" in shown, filterable=False, min_width=110
+                kinds,
+                value=".png",
+                label="File",
+                visible="file_type" in shown,
+                filterable=False,
+                min_width=110,
             )
         with gr.Column(visible="controls" in shown, elem_id="controls") as self.parts["controls"]:
             for place in range(1, given.CONTROLS + 1):
@@ -105,7 +138,9 @@ class TaskInputs:
                 buttons=[], elem_id=f"{key}-picture", elem_classes="drop",
             )  # fmt: skip
             self.inputs[f"{key}.made_by"] = gr.Dropdown(
-                given.made_by_choices(), value=given.AS_TRAINED, label=f"How picture {place} becomes a condition"
+                given.made_by_choices(),
+                value=given.AS_TRAINED,
+                label=f"How picture {place} becomes a condition",
             )
             self.parts[f"{key} preview"] = gr.Image(
                 label=f"What adapter {place} is given", interactive=False, visible=False, height=180, buttons=["fullscreen"],
@@ -123,11 +158,14 @@ class TaskInputs:
 
     def _adapter(self, key: str, card: Card, words: str, *, pictures: bool) -> None:
         number = key[-1]
-        self.inputs[f"{key}.adapter"] = gr.Dropdown(
+        self.inputs[f"{key}.adapter"] = Choice(
             given.adapters(card, pictures=pictures), value="", label=f"{words} {number}", filterable=False
         )
         self.inputs[f"{key}.file"] = gr.File(
-            label=f"{words} {number}: a .safetensors file", file_types=[".safetensors"], height=130, elem_id=f"{key}-file",
+            label=f"{words} {number}: a .safetensors file",
+            file_types=[".safetensors"],
+            height=130,
+            elem_id=f"{key}-file",
             elem_classes="drop",
         )
         self.parts[f"{key} told"] = gr.HTML("", elem_classes="coverage")
@@ -150,7 +188,14 @@ class TaskInputs:
             names = ("model", f"{key}.adapter", f"{key}.file", f"{key}.picture", f"{key}.made_by", "size")
             asked = [inputs[name] for name in names]
             triggers = [one.change for one in asked[1:]]
-            gr.on(triggers, self._preview, asked, parts[f"{key} preview"], trigger_mode="always_last", **_PRIVATE)
+            gr.on(
+                triggers,
+                self._preview,
+                asked,
+                parts[f"{key} preview"],
+                trigger_mode="always_last",
+                **_PRIVATE,
+            )
             if f"more {key}" in parts:
                 following = f"control{int(key[-1]) + 1}"
                 parts[f"more {key}"].click(
@@ -159,7 +204,9 @@ class TaskInputs:
                 )  # fmt: skip
         count = gr.State(1)
         columns = [parts[key] for key in _keys("lora", given.LORAS)]
-        parts["more_loras"].click(_one_more, count, [count, parts["more_loras"], *columns], queue=False, **_PRIVATE)
+        parts["more_loras"].click(
+            _one_more, count, [count, parts["more_loras"], *columns], queue=False, **_PRIVATE
+        )
 
     def of_model(self, card: Card) -> dict[Any, Any]:
         """Return the updates that another model brings."""
@@ -170,7 +217,9 @@ class TaskInputs:
             inputs["frames"]: gr.Number(card.more.get("frames") or given.FRAMES),
         }
         for key in (*_keys("control", given.CONTROLS), *_keys("lora", given.LORAS)):
-            found[inputs[f"{key}.adapter"]] = gr.Dropdown(given.adapters(card, pictures=key.startswith("control")), value="")
+            found[inputs[f"{key}.adapter"]] = gr.Dropdown(
+                given.adapters(card, pictures=key.startswith("control")), value=""
+            )
         return found
 
     def _covered(self, model: str, name: str, file: str | None) -> str:
@@ -182,7 +231,9 @@ class TaskInputs:
             return ""
         return f'<p class="note">{views.safe(words)}</p>' if fits else views.trouble(f"Does not fit: {words}")
 
-    def _preview(self, model: str, name: str, file: str | None, picture: str | None, made_by: str, size: str) -> Any:
+    def _preview(
+        self, model: str, name: str, file: str | None, picture: str | None, made_by: str, size: str
+    ) -> Any:
         width, _, height = (size or "").partition("x")
         wanted = (int(width), int(height)) if width.isdigit() and height.isdigit() else None
         try:
@@ -192,7 +243,9 @@ class TaskInputs:
             found = None
         if found is None:
             return gr.Image(None, visible=False)
-        return gr.Image(kept(found), visible=True, alt_text=f"The condition made from {Path(picture or '').name}")
+        return gr.Image(
+            kept(found), visible=True, alt_text=f"The condition made from {Path(picture or '').name}"
+        )
 
 
 def refused(card: Card) -> str:
@@ -224,7 +277,11 @@ def _groups(task: str) -> list[Any]:
 
 def _one_more(count: int) -> list[Any]:
     count = min(count + 1, given.LORAS)
-    return [count, gr.Button(visible=count < given.LORAS), *(gr.Column(visible=place < count) for place in range(given.LORAS))]
+    return [
+        count,
+        gr.Button(visible=count < given.LORAS),
+        *(gr.Column(visible=place < count) for place in range(given.LORAS)),
+    ]
 
 
 def _keys(kind: str, count: int) -> list[str]:

@@ -10,7 +10,7 @@ import app_speed as speed
 import app_views as views
 from app_first import FirstScreen
 from app_inputs import TaskInputs
-from app_settings import draw_saving, model_control
+from app_settings import Choice, draw_saving, model_control
 from app_tasks import NO_MODEL
 from pipelines.catalog import Card
 from pipelines.form import Field
@@ -48,6 +48,7 @@ class Layout:
             gr.State(""),
             gr.State(None),
         )
+        self.parts["form_of"] = gr.State(self.first.name)
         self.parts["remembered"] = gr.BrowserState("", storage_key="leapfrog-job", secret="not a secret")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=5, min_width=300, elem_id="form-side"):
@@ -92,7 +93,7 @@ class Layout:
         start = form.values_of(Request(model=self.first.name, prompt="-"), self.first, self.methods)
         choices = form.sizes(self.first)
         with gr.Row():
-            self.inputs["size"] = gr.Dropdown(
+            self.inputs["size"] = Choice(
                 choices, value=start["size"], label="Size", min_width=130, filterable=False
             )
             self.inputs["images"] = gr.Slider(
@@ -130,7 +131,7 @@ class Layout:
         )
         self.parts["measure"] = gr.Button("Measure now", size="sm", elem_id="measure", visible=False)
         with gr.Column(visible=False) as self.parts["methods"]:
-            self.inputs["profile"] = gr.Dropdown(
+            self.inputs["profile"] = Choice(
                 **form.profile_choices(self.first.name), label="Tuned settings", filterable=False
             )
             self.parts["profile_note"] = gr.Markdown(visible=False, elem_classes="note")

@@ -118,7 +118,7 @@ class Models:
         self.house.entered.then(
             self._first, parts["model"], [*shown, parts["timer"], *self._others().values()], **_PRIVATE
         )
-        parts["model"].input(self._show, parts["model"], shown, **_PRIVATE)
+        parts["model"].change(self._show, parts["model"], shown, **_PRIVATE)
         changed = [parts["said"], *shown, *self._others().values()]
         opened = parts["open"].click(self._open, [parts["path"], parts["model"]], changed, **_PRIVATE)
         parts["sure"].input(
@@ -169,7 +169,11 @@ class Models:
         )
 
     def _show(self, request: gr.Request, name: str | None) -> dict[Any, Any]:
-        return self._shown(name or next(iter(self.house.cards)), at_home(request))
+        """Show a model that was chosen; the choice itself is left alone while it stands, for it may be another one by now."""
+        found = self._shown(name or next(iter(self.house.cards)), at_home(request))
+        choices = self._choices()
+        here = name is not None and name in [one for _, one in choices]
+        return found | ({self.parts["model"]: gr.Dropdown(choices)} if here else {})
 
     def _shown(self, name: str, home: bool) -> dict[Any, Any]:
         parts, choices = self.parts, self._choices()

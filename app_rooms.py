@@ -134,6 +134,12 @@ _SCRIPT = """(look) => {
     viewer.classList.toggle("pixels", now >= 3 || viewer.dataset.small === "1");
     viewer.querySelector(".factor").textContent = now.toFixed(now < 10 ? 1 : 0) + "x";
   };
+  const split = (viewer, share) => {  // the attribute too, so that another pair begins in the middle again
+    const wipe = viewer.querySelector(".wipe");
+    set(viewer, {split: share + "%"});
+    wipe.value = share;
+    wipe.setAttribute("value", share);
+  };
   const mode = (viewer, name) => {
     viewer.dataset.mode = name;
     viewer.querySelectorAll("[data-to]").forEach((one) => one.setAttribute("aria-pressed", String(one.dataset.to === name)));
@@ -156,7 +162,7 @@ _SCRIPT = """(look) => {
   });
   document.addEventListener("input", (event) => {
     const viewer = within(event);
-    if (viewer && event.target.matches(".wipe")) set(viewer, {split: event.target.value + "%"});
+    if (viewer && event.target.matches(".wipe")) split(viewer, event.target.value);
   });
   document.addEventListener("keydown", (event) => {
     const viewer = within(event);
@@ -191,8 +197,7 @@ _SCRIPT = """(look) => {
     if (viewer.dataset.mode === "slider" && get(viewer, "zoom") === 1) {
       const box = panes.getBoundingClientRect();
       const share = Math.min(100, Math.max(0, 100 * (event.clientX - box.left) / box.width));
-      set(viewer, {split: share + "%"});
-      viewer.querySelector(".wipe").value = share;
+      split(viewer, share);
     } else if (get(viewer, "zoom") > 1) {
       set(viewer, {x: event.clientX - held.x + "px", y: event.clientY - held.y + "px"});
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ LEVELS = {
     "none": "nothing",
 }
 """What a saved file may tell, by the levels of a request."""
+
+
+def _as_chosen(self: gr.Dropdown, payload: Any) -> str | None:
+    return payload if isinstance(payload, str) else None
+
+
+_CHOICE: dict[str, Any] = {"preprocess": _as_chosen, "is_template": True, "__module__": __name__}
+Choice: Any = ABCMeta.__new__(type(gr.Dropdown), "Choice", (gr.Dropdown,), _CHOICE)
+"""A list whose entries another choice changes.
+
+Gradio fails an event with an error of its own when a value is not among the newest entries; yet a browser that is just being told
+of new ones asks with the old value for a moment, and asks again with the new one. Who uses the value checks it. It is no class
+statement, because gradio writes a file beside the source of every class of a component.
+"""
 
 
 def titles(cards: Mapping[str, Card]) -> list[tuple[str, str]]:

@@ -89,7 +89,7 @@ class System:
             [parts["computer"], parts["packages"], parts["accelerators"]],
             **_PRIVATE,
         )
-        parts["model"].input(self._accelerators, parts["model"], parts["accelerators"], **_PRIVATE)
+        parts["model"].change(self._accelerators, parts["model"], parts["accelerators"], **_PRIVATE)
         parts["examine"].click(self._examine, None, parts["doctor"], **_PRIVATE)
         parts["copy"].click(self._copy, None, parts["facts"], **_PRIVATE)
 

@@ -44,6 +44,7 @@ TASKS: Mapping[str, Task] = {
         ("image", "last_image"),
         True,
     ),
+    "story": Task("Story, scene | scene | scene", ("frames", "fps", "file_type"), (), True),
 }
 FIRST_TASK, FIRST_CLIP = "text", "clip"
 
@@ -72,6 +73,8 @@ def refused(card: Card) -> list[tuple[str, str]]:
 def task_of(request: Request, card: Card) -> str:
     """Return the task that a request is."""
     if card.task == "text-to-video":
+        if request.prompts and not _reason("story", card):
+            return "story"
         return "between" if request.last_image else "animate" if request.image else FIRST_CLIP
     if request.panels is not None:
         return "panels"
@@ -124,6 +127,8 @@ def _reason(task: str, card: Card) -> str:
 
 def _clip_reason(task: str, card: Card, name: str) -> str:
     pipeline = _pipeline(card)
+    if task == "story":
+        return "" if pipeline in (OWN_CLIPS, "StoryToVideoPipeline") else f"{name} is told one caption a clip"
     if pipeline == OWN_CLIPS:
         return ""
     if pipeline == "StoryToVideoPipeline":

@@ -67,7 +67,7 @@ class Tune:
         with gr.Row():
             parts["model"] = controls.model_control(self.house.cards, min_width=140)
             sizes = form.sizes(card)
-            parts["size"] = gr.Dropdown(
+            parts["size"] = controls.Choice(
                 sizes,
                 value=sizes[0][1],
                 label="Size",
@@ -120,7 +120,7 @@ class Tune:
         started = parts["start"].click(self._start, given, [parts["job"], *shown], **rooms.PRIVATE)
         started.then(self._watch, parts["job"], shown, **rooms.PRIVATE)
         parts["stop"].click(self._stop, parts["job"], None, queue=False, **rooms.PRIVATE)
-        parts["model"].input(
+        parts["model"].change(
             self._model,
             parts["model"],
             [parts[name] for name in ("size", "steps", "guidance", "prompts")],
@@ -132,7 +132,7 @@ class Tune:
         if create is not None:
             taken = [
                 create.inputs[name] for name in ("model", "size", "steps", "guidance", "speed", "profile")
-            ]
+            ] + [create.parts["form_of"]]
             parts["use"].click(
                 self._use, parts["found"], [*taken, parts["status"]], queue=False, **rooms.PRIVATE
             )
@@ -238,7 +238,7 @@ class Tune:
             gone = views.trouble(
                 "The profile is not there any more, or was made for a model that this page does not have."
             )
-            return (*(gr.skip() for _ in range(6)), gone)
+            return (*(gr.skip() for _ in range(7)), gone)
         place = one["range"]
         size = f"{place['width']}x{place['height']}" if place.get("width") else ""
         sizes = [value for _, value in form.sizes(self.house.cards[model])]
@@ -246,7 +246,7 @@ class Tune:
         guidance = found.get("guidance")
         return (
             model, size if size in sizes else gr.skip(), place["steps"], gr.skip() if guidance is None else guidance,
-            CUSTOM, gr.Dropdown(**choices | {"value": name}), said,
+            CUSTOM, gr.Dropdown(**choices | {"value": name}), model, said,
         )  # fmt: skip
 
 

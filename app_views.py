@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import app_clips as clips
 from app_copies import copies
 from app_jobs import RUNS
 from pipelines import timeline as drawn
@@ -185,11 +186,14 @@ def report(job: Job) -> str:
     parts += [f"peak {peak['device'] / 1000:.1f} GB on the device"] if "device" in peak else []
     size = f"{effective.get('width')} × {effective.get('height')} px"
     files = ", ".join(path.name for path in job.paths)
+    ending = job.paths[0].suffix.lower() if job.paths else ""
+    kind = {".mp4": "MP4 (H.264, lossy)", ".gif": "GIF (lossy)"}.get(ending, "lossless PNG")
+    clip = "".join(clips.beside(request, path, int(effective.get("frames") or 1)) for path in job.paths[:1])
     pictures = f"first of {request.images} pictures" if request.images > 1 else "this picture"
     return (
         f'<div class="report">{_likeness(job)}<p class="line">{safe(" · ".join(parts))}</p>'
-        f'<p class="files">{safe(files)} · {size}, lossless PNG with {_INSIDE[request.metadata]} inside · '
-        f"saved in {safe(job.folder)}</p>"
+        f'<p class="files">{safe(files)} · {size}, {kind} with {_INSIDE[request.metadata]} inside · '
+        f"saved in {safe(job.folder)}</p>{clip}"
         f"<details><summary>Run report</summary>{_phases(timings)}"
         f"<h3>Where the work went, step by step ({pictures})</h3>{timeline(run)}"
         f"{_compared(found, request)}{_steps(run)}{_rest(found)}</details>{copies(request)}</div>"

@@ -1,4 +1,4 @@
-"""Which adapters (LoRA and its kin, by peft) stand in a network at a moment: what is stored fits no other set of them."""
+"""Which adapters stand in a network at a moment, peft's and ours: what is stored fits no other set of them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from dit.seams import CONTROL_RUN
+
 
 def adapters_of(network: nn.Module) -> tuple[Any, ...]:
-    """Return what tells two sets of adapters apart: the active ones of every layer, their scales, and merged ones."""
-    return tuple(
+    """Return what tells two sets of adapters apart: peft's active ones of every layer with their scales, and merged ones; and
+    which of those that steer by a with-block act in the call that is running (their windows begin and end).
+    """
+    layers = tuple(
         (
             id(module),
             str(module.__dict__["_active_adapter"]),
@@ -20,3 +24,5 @@ def adapters_of(network: nn.Module) -> tuple[Any, ...]:
         for module in network.modules()
         if "_active_adapter" in module.__dict__
     )
+    steering = network.__dict__.get(CONTROL_RUN)
+    return layers if steering is None else (*layers, steering.acting)

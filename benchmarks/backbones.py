@@ -1,12 +1,14 @@
 """What each system costs beside the plain network of its size: `python -m benchmarks.backbones [--readme]`.
 
 One call of one picture on one thread, processor time, medians of turns with the plain network; parameters and multiply-accumulates
-by `dit.ledger`. Weights are random: nothing is said of quality. `--readme` writes the table into README.md between its markers.
+by `dit.ledger`. Weights are random; what small trained ones are worth is read from the results of `benchmarks.students` and
+`benchmarks.routing`. `--readme` writes the table into README.md between its markers, with `--kept` from what was measured before.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -137,8 +139,8 @@ def turns(models: list[nn.Module], side: int, text: int, repeats: int) -> list[f
     return [statistics.median(seen) for seen in times]
 
 
-def line(one: dict[str, Any]) -> str:
-    """Return a row of the README's table."""
+def line(one: dict[str, Any], worth: str = "") -> str:
+    """Return a row of the README's table; `worth` is what `quality` says."""
     small, large = SIDES
     active = one["parameters_activated"] / 1e6
     total = one["parameters"] / 1e6
@@ -146,12 +148,40 @@ def line(one: dict[str, Any]) -> str:
     ratios = [one[f"time_ratio_{side}"] for side in SIDES]
     shown = ["1" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
     macs = f"{one[f'macs_{small}'] / 1e9:.2f} / {one[f'macs_{large}'] / 1e9:.2f}"
-    return f"| {one['system']} | `{one['setting']}` | {counts} | {macs} | {shown[0]} / {shown[1]} | {one['paper']} |"
+    return f"| {one['system']} | `{one['setting']}` | {counts} | {macs} | {shown[0]} / {shown[1]} | {worth} | {one['paper']} |"
 
 
-def write_readme(table: list[dict[str, Any]]) -> None:
+TRAINED = {
+    "LiT": "lit", "Dense2MoE": "moe", "DyDiT, gates at random": "dydit", "E-MMDiT": "emmdit", "PT-DiT": "ptdit",
+}  # fmt: skip
+"""System -> the recipe that a small one was trained with."""
+
+
+def quality(system: str, results: Path) -> str:
+    """Return what a small trained network of a system is worth beside the plain one, in words; "" where none was judged.
+
+    Students: the judge's concepts among five and styles, as shares of the plain network's. Switch-DiT: its loss.
+    """
+    students, routing = results / "students.json", results / "routing.json"
+    if system == "Switch-DiT" and routing.is_file():
+        runs = json.loads(routing.read_text(encoding="utf-8"))["runs"]
+        ours, plain = (runs[name]["held_out_loss"]["all"] for name in ("switch", "dense"))
+        return f"loss {ours / plain - 1:+.1%} at equal steps"
+    rows = json.loads(students.read_text(encoding="utf-8"))["rows"] if students.is_file() else {}
+    if TRAINED.get(system) not in rows:
+        return ""
+    row = rows[TRAINED[system]]
+    share = row["share_of_plain"]
+    return (
+        f"concept {share['concept_top5']:.0%}, style {share['style_top1']:.0%} of the plain one's, "
+        f"{row['times_as_fast']:.2f}x as fast"
+    )
+
+
+def write_readme(
+    table: list[dict[str, Any]], file: Path = ROOT / "README.md", results: Path = RESULTS
+) -> None:
     """Put the table between the markers of README.md. Raises: ValueError if they are not there."""
-    file = ROOT / "README.md"
     text = file.read_text(encoding="utf-8")
     if any(text.count(mark) != 1 for mark in MARKS):
         raise ValueError(f"README.md must hold each of the markers {MARKS} once")
@@ -161,12 +191,14 @@ def write_readme(table: list[dict[str, Any]]) -> None:
         "parameters",
         "GMACs, 256 / 1024 tokens",
         "time beside the plain network",
+        "small one, trained",
         "paper",
     )
     head = f"| {' | '.join(names)} |\n|{' --- |' * len(names)}"
     before, _, rest = text.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    body = "\n".join([MARKS[0], "", head, *map(line, table), "", MARKS[1]])
+    lines = [line(one, quality(one["system"], results)) for one in table]
+    body = "\n".join([MARKS[0], "", head, *lines, "", MARKS[1]])
     file.write_text(before + body + after, encoding="utf-8")
 
 
@@ -177,8 +209,12 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: take the rows of --out")
     parser.add_argument("--out", type=Path, default=RESULTS / "backbones.json")
     given = parser.parse_args()
+    if given.kept:
+        write_readme(json.loads(given.out.read_text(encoding="utf-8"))["rows"])
+        return
     torch.set_num_threads(1)
     table = measure(rows(), given.repeats)
     write_json(given.out, {**record(), "threads": 1, "clock": "process time", "rows": table})

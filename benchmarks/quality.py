@@ -212,12 +212,12 @@ def _unfinished(folder: Path, codec: Path | None) -> tuple[Any, dict[str, Any]]:
 
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from dit.backbones.mmdit import MMDiT
     from dit.codec import ResampleCodec
     from pipelines.text_to_image import MINILM, TextToImagePipeline
+    from training.distill import load_network
 
     enlarger = ResampleCodec() if codec is None else ResampleCodec.from_pretrained(codec)
-    transformer = MMDiT.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+    transformer = load_network(folder).to(torch.bfloat16)
     pipeline = TextToImagePipeline(
         transformer, FlowMatchEulerDiscreteScheduler(), codec=enlarger.to(torch.bfloat16), text_model=MINILM
     )

@@ -234,6 +234,11 @@ class ControlRun:
         """Return the strength of a use in the call that is running, 0 outside of its window and between calls."""
         return self._now.get(id(use), 0.0)
 
+    @property
+    def acting(self) -> tuple[bool, ...]:
+        """Which uses act in the call that is running: what an accelerator stored beside others fits no more."""
+        return tuple(self.strength(use) > 0 for use in self.uses)
+
     def account(self, use: Use) -> Account:
         """Return the account of a use; an adapter adds to `acted` and may leave words in `told`."""
         return self.accounts[id(use)]

@@ -33,6 +33,7 @@ from control._layers import (
     weight_of,
 )
 from control.base import Control, ControlAdapter, ControlRun, Refused, Use
+from dit.seams import arguments, patched
 from dit.spec import knob, spec
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -174,7 +175,7 @@ class DiffScalerAdapter(ControlAdapter):
                     "own: give one task for all samples"
                 )
         changes = {path: switch.change(transformer, path) for path in self.layers}
-        with changed_layers(transformer, use, run, changes):
+        with switch.counting(transformer), changed_layers(transformer, use, run, changes):
             yield
 
     @torch.no_grad()
@@ -246,11 +247,24 @@ class _Switch:
 
         return change
 
+    @contextmanager
+    def counting(self, transformer: nn.Module) -> Iterator[None]:
+        """Count the pictures of every forward: an accelerator may answer a call by two forwards of half of its batch."""
+        if len(self.chosen) == 1:
+            yield
+            return
+        inner = transformer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._batch = len(arguments(transformer, args, kwargs)["hidden_states"])
+            return inner(*args, **kwargs)
+
+        forward.__wrapped__ = inner  # type: ignore[attr-defined]  # inspect.signature sees the transformer's arguments
+        with patched(transformer, "forward", forward):
+            yield
+
     def rows(self, x: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """Return tasks with the rows of x [n B, ...] they act on and their weights there; guidance branches repeat the list."""
-        noise = self.run.given.get("hidden_states")
-        if noise is not None:  # between calls, where blocks are computed again, the last call's batch counts
-            self._batch = len(noise)
         batch, count = self._batch, len(self.chosen)
         if batch % count or len(x) % batch:
             raise Refused(

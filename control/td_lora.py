@@ -33,7 +33,7 @@ from control._layers import (
     weight_of,
 )
 from control.base import Control, ControlAdapter, ControlRun, Refused, Use
-from dit.seams import patched, timestep_of
+from dit.seams import arguments, patched, timestep_of
 from dit.spec import knob, spec
 
 ROUTER = "time_router"
@@ -190,7 +190,8 @@ class _Timed:
         inner = self.transformer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._gates = self._now(self.run.given) if self._acts() else None
+            own = arguments(self.transformer, args, kwargs)  # half of a call's, where guidance is split
+            self._gates = self._now(own) if self._acts() else None
             try:
                 return inner(*args, **kwargs)
             finally:

@@ -254,15 +254,16 @@ def network_class(folder: Path) -> Any:
 def _convert_one(model: nn.Module, one: Perceptron, settings: Mixture, scores: Tensor) -> Converted:
     first, second = one.first, one.second
     shared, size = settings.sizes(one.hidden)
-    common, dealt = deal(scores.to(first.weight.device).float(), shared, settings.experts)
+    common, dealt = deal(scores.float(), shared, settings.experts)
+    kept = float(scores[common].sum() / scores.sum().clamp_min(1e-30))
     settings = settings.replace(activation=one.activation)
-    width = second.out_features
-    layer = MixtureLayer(width, one.hidden, settings, bias=first.bias is not None).to(first.weight)
+    width, device = second.out_features, first.weight.device
+    with device:  # made where the weights are, on the meta device too: what a conversion costs can be told without weights
+        layer = MixtureLayer(width, one.hidden, settings, bias=first.bias is not None).to(first.weight)
     with torch.no_grad():
-        _fill(layer, one, common, dealt)
+        _fill(layer, one, common.to(device), dealt.to(device))
     layer.train(model.training)
     _put(model, one, layer)
-    kept = float(scores.to(common.device)[common].sum() / scores.sum().clamp_min(1e-30))
     return Converted(one.path, one.hidden, shared, size, kept)
 
 

@@ -88,7 +88,10 @@ class ControlChoice(Steering):
     """An adapter that steers by a condition picture."""
 
     field = "controls"
-    allowed = "written ADAPTER[@CONDITION]=FILE[:STRENGTH][,start=..,end=..,curve=..,region=FILE,raw=true,instruction=..]"
+    allowed = (
+        "written ADAPTER[@CONDITION]=FILE[:STRENGTH][,start=..,end=..,curve=..,region=FILE,raw=true,instruction=..,storage=fp8,"
+        "place=cpu]"
+    )
 
     adapter: str = knob(default="", label="Adapter: one of the model's own, or a .safetensors file")
     condition: str | None = knob(
@@ -110,6 +113,12 @@ class ControlChoice(Steering):
     instruction: str | None = knob(
         default=None, label="What the picture is, for adapters that read an instruction"
     )
+    storage: str = knob(
+        default="exact",
+        label="Keys and values kept of the picture: exact, or in 8 bits",
+        choices=("exact", "fp8"),
+    )
+    place: str = knob(default="device", label="Where they are kept", choices=("device", "cpu"))
     any_base: bool = knob(default=False, label="Take it though it was trained beside other weights")
 
     def check(self) -> None:
@@ -175,6 +184,11 @@ def read_all(kind: type[Steering], values: Any) -> tuple[Steering, ...]:
         twice = [name for place, name in enumerate(names) if name in names[:place]]
     if twice:
         raise RequestError(kind.field, twice[0], "named at most once each: give one strength")
+    if len({(one.storage, one.place) for one in found if isinstance(one, ControlChoice)}) > 1:
+        allowed = (
+            "of one storage and place for all controls: what is computed of their pictures is kept together"
+        )
+        raise RequestError(kind.field, [one.text for one in found], allowed)
     return found
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_WRITTEN = "written outpaint:left=..,top=..,right=..,bottom=.. in px"
+
+
 class Canvas(Spec):
     """The family of masks that are written and not drawn."""
 
@@ -47,9 +50,20 @@ class Outpaint(Canvas):
         return {one.name: getattr(self, one.name) for one in knobs(Outpaint)}
 
 
-def written(mask: str) -> bool:
+def written(mask: object) -> bool:
     """Whether a mask is told in words, so that no file is opened for it."""
-    return mask.startswith(f"{Outpaint.name}:")
+    return isinstance(mask, str) and mask.startswith(f"{Outpaint.name}:")
+
+
+def sides(text: str) -> dict[str, int]:
+    """Return the pixels that a written mask adds, by side. Raises: RequestError."""
+    try:
+        found: dict[str, int] = parse(Canvas, text).sides  # type: ignore[type-abstract,attr-defined,unused-ignore]
+        if not any(found.values()):
+            raise ValueError("one of them must be above 0")
+    except ValueError as error:
+        raise RequestError("mask", text, f"{_WRITTEN} ({error})") from None
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -175,14 +189,11 @@ def _larger(request: Request, text: str, card: Card, image: Image) -> Inpainting
     wide, high = request.width or card.width, request.height or card.height
     free = wide is None or high is None
     try:
-        sides = parse(Canvas, text).sides  # type: ignore[type-abstract,attr-defined,unused-ignore]
         canvas, mask = extended(
-            np.asarray(image.convert("RGB")), **sides, multiple=card.multiple if free else 1
+            np.asarray(image.convert("RGB")), **sides(text), multiple=card.multiple if free else 1
         )
-    except (Refused, ValueError) as error:
-        raise RequestError(
-            "mask", text, f"written outpaint:left=..,top=..,right=..,bottom=.. in px ({error})"
-        ) from None
+    except Refused as error:
+        raise RequestError("mask", text, f"{_WRITTEN} ({error})") from None
     rows, columns = mask.shape
     if not free and abs(columns / rows * high / wide - 1) > 0.02:
         raise RequestError(

@@ -38,6 +38,10 @@ def content_key(request: Mapping[str, Any], digests: Mapping[str, str]) -> str:
     whole = Request.from_dict(request).to_dict()
     if whole["metadata"] == "full":  # keys of files that were made before there was a choice stay theirs
         del whole["metadata"]
+    for one in whole["controls"]:  # and here
+        for name, usual in (("storage", "exact"), ("place", "device")):
+            if one[name] == usual:
+                del one[name]
     found = {name: _replaced(name, value, digests) for name, value in whole.items()}
     text = json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

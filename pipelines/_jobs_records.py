@@ -99,13 +99,14 @@ class Job:
             request=json.loads(row["request"]), id=row["id"], batch=row["batch"], owner=row["owner"], kind=row["kind"],
             output=row["output"], folder=row["folder"], tags=json.loads(row["tags"]), priority=row["priority"],
         )  # fmt: skip
+        done = row["state"] == "done"  # of any other job, what its worker meant to leave is no business of readers
         plain = ("name", "key", "state", "tries", "error", "phase", "created", "started", "ended", "worker", "lease",
                  "deadline", "target", "number", "change")  # fmt: skip
         return cls(
             item=item,
             progress=json.loads(row["progress"]),
-            files=json.loads(row["files"]),
-            sha256=json.loads(row["hashes"]),
-            report=json.loads(row["report"]),
+            files=json.loads(row["files"]) if done else [],
+            sha256=json.loads(row["hashes"]) if done else [],
+            report=json.loads(row["report"]) if done else {},
             **{name: row[name] for name in plain},
         )

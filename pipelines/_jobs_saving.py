@@ -10,7 +10,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +55,19 @@ def staging(job: Job) -> Iterator[Path]:
     """Yield a new hidden folder beside the job's place, gone afterwards; older ones of this job are removed first."""
     folder = Path(job.item.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f"{PREFIX}{job.name}-*"):
-        shutil.rmtree(old, ignore_errors=True)
+    clear(folder, job.name)
     draft = folder / f"{PREFIX}{job.name}-{job.lease}"
     draft.mkdir()
     try:
         yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def clear(folder: Path, name: str) -> None:
+    """Remove what killed workers left behind of a job."""
+    for old in folder.glob(f"{PREFIX}{name}-*"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def stage(ledger: Ledger, job: Job, results: Mapping[str, Any], draft: Path) -> Staged | None:
@@ -72,11 +77,12 @@ def stage(ledger: Ledger, job: Job, results: Mapping[str, Any], draft: Path) -> 
         results: by what is added to their names, "" for the one that the job is called after.
     """
     wanted = Path(job.item.output.replace("\\", "/"))
-    saved, *others = results[""].save(draft / wanted.name if job.item.output else draft)  # others: panels of one set
+    named = draft / wanted.name if job.item.output else draft
+    saved, *others = results[""].save(named, draft=True)  # others: panels of one set
     stem, pictures = wanted.stem if others and job.item.output else saved.stem, [saved, *others]
     for more, result in results.items():
         if more:
-            pictures += result.save(draft / f"{stem}{more}{saved.suffix}")
+            pictures += result.save(draft / f"{stem}{more}{saved.suffix}", draft=True)
     place = Path(job.item.folder) / wanted.parent
     place.mkdir(parents=True, exist_ok=True)
     target = ledger.target(job, _names(place, saved) if not job.item.output else iter([place / f"{stem}{saved.suffix}"]))
@@ -118,7 +124,12 @@ def publish(staged: Mapping[Path, Path]) -> None:
         if final.is_dir():  # a folder of frames: the system renames no folder over a full one
             shutil.rmtree(final)
         os.replace(draft, final)
-    for folder in {final.parent for final in staged.values()}:
+    sync_names(staged.values())
+
+
+def sync_names(paths: Iterable[Path]) -> None:
+    """Make the names of files last, before the ledger says that their job is done. Raises: OSError."""
+    for folder in {path.parent for path in paths}:
         sync_folder(folder)
 
 

@@ -1,7 +1,8 @@
 """The file of the job ledger: one SQLite database, opened, checked and written in whole transactions.
 
-Differs: full synchronisation at every commit but those of leases and heartbeats, which may be lost without harm; a file that is
-damaged, made by another program or of another version is refused in words and never altered.
+Differs: full synchronisation only where a loss of power would cost somebody something: what was asked for, and what is about to
+appear under which name. Leases, heartbeats and what follows from the files may be lost without harm. A file that is damaged, made
+by another program or of another version is refused in words and never altered.
 """
 
 from __future__ import annotations

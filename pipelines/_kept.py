@@ -136,7 +136,8 @@ class Latents:
         about = json.dumps({"strides": kept.strides, "noted": kept.noted}, default=str)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         data = save({"latents": kept.latents.contiguous().cpu()}, {"about": about})
-        write_file(self.folder / f"{slot}.safetensors", data, overwrite=True)
+        # a name that a loss of power undoes costs one denoising, and no more
+        write_file(self.folder / f"{slot}.safetensors", data, overwrite=True, draft=True)
 
     def _drop(self, slot: str) -> None:
         self._held.pop(slot, None)

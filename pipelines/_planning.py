@@ -119,12 +119,14 @@ def plan(
 
 def _checked(read: Manifest) -> tuple[list[Problem], dict[str, tuple[int, int]], list[str]]:
     """Hold every request against its model's card; return problems, the models' own sizes in px, and remarks."""
-    from pipelines import catalog
+    from pipelines import catalog, controls
     from pipelines.generate import check
 
     problems: list[Problem] = []
     remarks: list[str] = []
     cards: dict[str, Any] = {}
+    folders: dict[str, Path] = {}
+    fitting: set[Any] = set()
     for entry in read.entries:
         request = Request.from_dict(entry.request)
         try:
@@ -136,9 +138,13 @@ def _checked(read: Manifest) -> tuple[list[Problem], dict[str, tuple[int, int]],
                         f"{request.model} is not on this computer; it is fetched when its first item begins"
                     )
                 else:
-                    cards[request.model] = catalog.prepare(source)[1]
+                    folders[request.model], cards[request.model] = catalog.prepare(source)
             if cards[request.model] is not None:
                 check(request, cards[request.model])
+                steering = (request.model, request.controls, request.loras)
+                if steering not in fitting:
+                    controls.fits(request, cards[request.model], folders[request.model])
+                    fitting.add(steering)
         except RequestError as error:
             problems.append(problem(entry.line, error.field, error.given, error.allowed))
     sizes = {

@@ -4,14 +4,17 @@ Ray's own retries are off: what a dead node lost is put back by the ledger, whic
 Leapfrog must be installed on every machine, and files that requests name must lie under the same path there.
 
 Differs: Ray may lose a call of a killed node without ever saying so (seen with retries on); so every task tells a board which node
-it began on, and what was on a node that is gone is begun again even if no error came.
+it began on, and what was on a node that is gone is begun again even if no error came. Ray also waits for ever for a cluster that
+does not answer, or ends the process; here every wait has an end, and the end has words.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -34,6 +37,18 @@ BEAT = 5.0
 """Between heartbeats, in s."""
 GRACE = 15.0
 """How long Ray has to tell what became of the tasks of a dead node, in s."""
+LOOK = 1.0
+"""Between two looks at the nodes and the room of the cluster, in s."""
+ANSWER = 10.0
+"""How long the board, and the address of a cluster, may take to answer, in s."""
+FETCH = 120.0
+"""How long a finished file may take to come here from its node, in s; then it counts as lost with it."""
+PATIENCE = 180.0
+"""How long the cluster may take to start its first process, have no room at all, or answer nothing, in s."""
+HUNG = 3600.0
+"""How long one step may take before its task counts as hung, in s."""
+MAKE = "pipelines.generate:generate"
+"""What a task calls to make a result of a request."""
 
 
 class Board:
@@ -63,20 +78,33 @@ class Board:
         self.steps.pop(name, None)
 
 
-def make(request: dict[str, Any], name: str, ending: str, board: Any) -> dict[str, Any]:
+def make(request: dict[str, Any], name: str, ending: str, board: Any, maker: str = MAKE) -> dict[str, Any]:
     """Make one item on some node: {"files": bytes by ending, "report"}, or {"error", "again"}, or {"stopped"}. Runs in a task."""
     import ray
 
-    from pipelines.generate import Cancelled, Progress, generate
+    from pipelines.generate import Cancelled, Progress
     from pipelines.request import Request, RequestError
 
     node = ray.get_runtime_context().get_node_id()
 
+    def tell(progress: dict[str, Any]) -> bool:
+        try:
+            return bool(ray.get(board.told.remote(name, node, progress), timeout=ANSWER))
+        except ray.exceptions.GetTimeoutError:  # a busy board is no reason to stop; one that is gone is
+            return True
+        except ray.exceptions.RayError:
+            return False
+
     def on_step(progress: Progress) -> bool:
-        return bool(ray.get(board.told.remote(name, node, dataclasses.asdict(progress))))
+        return tell(dataclasses.asdict(progress))
 
     try:
-        result = generate(Request.from_dict(request), on_step=on_step)
+        if not tell({"phase": "load"}):  # which node it is must be known before anything can take long
+            return {"stopped": True}
+        module, _, function = maker.partition(":")
+        result = getattr(importlib.import_module(module), function)(
+            Request.from_dict(request), on_step=on_step
+        )
         with tempfile.TemporaryDirectory() as folder:
             paths = result.save(Path(folder) / f"item{ending}")
             both = (
@@ -95,12 +123,14 @@ def make(request: dict[str, Any], name: str, ending: str, board: Any) -> dict[st
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Task:
-    """A leased item and the call that makes it."""
+    """A leased item and the call that makes it; when it was begun, last beaten, and last heard of with something new."""
 
     job: Job
     call: Any
     begun: float
     beaten: float
+    heard: float
+    seen: dict[str, Any] | None = None
 
 
 class RayEngine:
@@ -108,20 +138,22 @@ class RayEngine:
 
     Args:
         workers: most tasks at once; 0 for one on every GPU, or on every processor where there is no GPU.
+        make: "module:function" in the place of `generate`, importable on every node.
 
     Raises:
         Unavailable: Ray is not installed, or no cluster answers.
     """
 
-    def __init__(self, workers: int = 0) -> None:
+    def __init__(self, workers: int = 0, *, make: str = MAKE) -> None:
         try:
             import ray
         except ImportError:
             raise Unavailable("the engine ray needs Ray: pip install leapfrog-dit[ray]") from None
         self.ray: Any = ray
-        self.workers = workers
+        self.workers, self.make = workers, make
         self.tasks: dict[str, Task] = {}
         self.dead: dict[str, float] = {}
+        self.room = 0
         self._broken, self._ours = "", False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -134,6 +166,7 @@ class RayEngine:
         """Join the cluster of RAY_ADDRESS, or start one on this machine, and begin. Raises: Unavailable."""
         ray = self.ray
         if not ray.is_initialized():
+            _reach(os.environ.get("RAY_ADDRESS", ""))
             try:
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -149,12 +182,20 @@ class RayEngine:
             ray.get_runtime_context().get_node_id(), soft=False
         )
         self.board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
-        ray.get(self.board.look.remote())
+        try:
+            ray.get(self.board.look.remote(), timeout=PATIENCE)
+        except ray.exceptions.RayError as error:
+            self.stop(ANSWER)
+            words = f"the Ray cluster started no process within {PATIENCE:.0f} s ({type(error).__name__})"
+            raise Unavailable(f"{words}; `ray status` and the logs in its session folder tell more") from None
+        self._alive = self._roomy = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="leapfrog-ray", daemon=True)
         self._thread.start()
 
     def turn(self) -> str:
         """Return why the engine can do no more, or nothing."""
+        if not self._broken and time.monotonic() - self._alive > PATIENCE:
+            return f"the Ray cluster has answered nothing for {PATIENCE:.0f} s"
         return self._broken
 
     def stop(self, seconds: float) -> None:
@@ -162,34 +203,55 @@ class RayEngine:
         self._ended.set()
         if self._thread is not None:
             self._thread.join(seconds)
-        with contextlib.suppress(Exception):
-            self.ray.get(self.board.stop.remote(list(self.tasks)), timeout=1)
-            self.ray.wait(
-                [task.call for task in self.tasks.values()], num_returns=len(self.tasks), timeout=seconds / 2
-            )
-        for task in self.tasks.values():
-            with contextlib.suppress(Exception):
-                self.ray.cancel(task.call, force=True)
+        tasks, self.tasks = dict(self.tasks), {}
+        for task in tasks.values():  # before Ray is asked for anything: it may not answer any more
             self.ledger.give_back(task.job)
-        self.tasks.clear()
+        leaving = threading.Thread(target=self._leave, args=(tasks, seconds / 2), daemon=True)
+        leaving.start()
+        leaving.join(2 * seconds)
+
+    def _leave(self, tasks: dict[str, Task], seconds: float) -> None:
+        calls = [task.call for task in tasks.values()]
+        with contextlib.suppress(Exception):
+            self.ray.get(self.board.stop.remote(list(tasks)), timeout=1)
+            self.ray.wait(calls, num_returns=len(calls), timeout=seconds)
+        for call in calls:
+            with contextlib.suppress(Exception):
+                self.ray.cancel(call, force=True)
         with contextlib.suppress(Exception):
             self.ray.kill(self.board)
         if self._ours:
             self.ray.shutdown()
 
     def _work(self) -> None:
+        looked = -LOOK
         try:
             while not self._ended.wait(0.05):
+                if time.monotonic() - looked > LOOK:
+                    looked = time.monotonic()
+                    self._look()
                 self._submit()
                 self._collect()
                 self._beat()
-                self._mourn()
+                self._alive = time.monotonic()
         except Exception as error:  # noqa: BLE001 - told by `turn`, the items go back
             self._broken = f"Ray stopped working ({type(error).__name__}: {str(error)[:300]})"
 
+    def _look(self) -> None:
+        """Look what room there is, and begin again what ran on nodes that are gone."""
+        self.room = int(self.ray.cluster_resources().get(self.kind, 0))
+        now = time.monotonic()
+        if self.room or self.tasks:
+            self._roomy = now
+        elif now - self._roomy > PATIENCE:
+            self._broken = f"no node of the Ray cluster has offered a {self.kind} for {PATIENCE:.0f} s"
+        for node in self.ray.nodes():
+            if not node["Alive"]:
+                self.dead.setdefault(node["NodeID"], now)
+        self._mourn(now)
+
     def _submit(self) -> None:
-        room = int(self.ray.cluster_resources().get(self.kind, 0))
-        most = min(self.workers, room) if self.workers else room
+        most = min(self.workers, self.room) if self.workers else self.room
         while len(self.tasks) < most:
             job = self.ledger.lease(self.name, seconds=LEASE, batch=BATCH)
             if job is None:
@@ -197,9 +259,8 @@ class RayEngine:
             now = time.monotonic()
             ending = Path(job.item.output).suffix
             name = f"{job.name}.{job.lease}"
-            self.tasks[name] = Task(
-                job, self.remote.remote(job.item.request, name, ending, self.board), now, now
-            )
+            call = self.remote.remote(job.item.request, name, ending, self.board, self.make)
+            self.tasks[name] = Task(job, call, now, now, now)
 
     def _collect(self) -> None:
         """Take what is finished; a call that Ray lost counts as a try of its item."""
@@ -211,7 +272,7 @@ class RayEngine:
             name = calls[call]
             job = self.tasks[name].job
             try:
-                made = self.ray.get(call)
+                made = self.ray.get(call, timeout=FETCH)
             except self.ray.exceptions.RayError as error:
                 made = {
                     "error": f"its node or process ended in the middle of it ({type(error).__name__})",
@@ -242,7 +303,7 @@ class RayEngine:
             with staging(job) as folder:
                 drafts = {}
                 for ending, data in reversed(made["files"].items()):  # the picture appears last
-                    write_file(folder / f"item{ending}", data)
+                    write_file(folder / f"item{ending}", data, draft=True)
                     drafts[folder / f"item{ending}"] = final.with_suffix(ending)
                 self.ledger.done(job, [final], made["report"], staged=drafts)
         except RequestError as error:
@@ -259,36 +320,66 @@ class RayEngine:
         late = {name: task for name, task in self.tasks.items() if now - task.beaten > BEAT}
         if not late:
             return
-        steps = self.ray.get(self.board.look.remote(), timeout=10)[1]
+        nodes, steps = self._told() or ({}, {})
         lost = []
         for name, task in late.items():
             task.beaten = now
-            if not self.ledger.beat(
-                task.job, steps.get(name), seconds=LEASE
-            ):  # cancelled, or another's by now
+            if steps.get(name, task.seen) != task.seen:
+                task.seen, task.heard = steps[name], now
+            if not self.ledger.beat(task.job, task.seen, seconds=LEASE):  # cancelled, or another's by now
                 lost.append(name)
+            elif name in nodes and now - task.heard > HUNG:
+                self.ledger.failed(task.job, f"one step took more than {HUNG:.0f} s")
+                self._end(name)
         if lost:
             self.board.stop.remote(lost)
             for name in lost:
                 self._drop(name)
 
-    def _mourn(self) -> None:
-        """Begin again what ran on nodes that are gone, where Ray says nothing."""
-        now = time.monotonic()
-        gone = {one["NodeID"] for one in self.ray.nodes() if not one["Alive"]}
-        for node in gone:
-            self.dead.setdefault(node, now)
-        waiting = [node for node, since in self.dead.items() if now - since > GRACE]
-        if not waiting or not self.tasks:
+    def _told(self) -> tuple[dict[str, str], dict[str, dict[str, Any]]] | None:
+        """Return the nodes and the progress of tasks; None where the board is too busy to answer just now."""
+        try:
+            nodes, steps = self.ray.get(self.board.look.remote(), timeout=ANSWER)
+        except self.ray.exceptions.GetTimeoutError:
+            return None
+        return nodes, steps
+
+    def _mourn(self, now: float) -> None:
+        """Begin again what ran on nodes that are gone, or was on its way to one, where Ray says nothing."""
+        waiting = {node: since for node, since in self.dead.items() if now - since > GRACE}
+        last = max(waiting.values(), default=0.0)
+        if not any(task.begun <= last for task in self.tasks.values()):
             return
-        nodes = self.ray.get(self.board.look.remote(), timeout=10)[0]
+        told = self._told()
+        if told is None:
+            return
         for name, task in list(self.tasks.items()):
-            if nodes.get(name) in waiting:
-                with contextlib.suppress(Exception):
-                    self.ray.cancel(task.call, force=True)
+            if told[0].get(name) in waiting:
                 self.ledger.failed(task.job, "its node is gone and Ray said nothing of it")
-                self._drop(name)
+            elif name not in told[0] and task.begun <= last:
+                self.ledger.give_back(task.job)  # it had not begun: no try was lost
+            else:
+                continue
+            self._end(name)
+
+    def _end(self, name: str) -> None:
+        """End the process of a task that hears nothing any more."""
+        with contextlib.suppress(Exception):
+            self.ray.cancel(self.tasks[name].call, force=True)
+        self._drop(name)
 
     def _drop(self, name: str) -> None:
         self.tasks.pop(name, None)
         self.board.forget.remote(name)
+
+
+def _reach(address: str) -> None:
+    """Look whether anything listens at a cluster's address: Ray itself ends the process where nothing does. Raises: Unavailable."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+    except (OSError, OverflowError) as error:
+        words = f"no Ray cluster answers at {address}, which RAY_ADDRESS names ({error})"
+        raise Unavailable(f"{words}; start one there with `ray start --head`, or unset RAY_ADDRESS") from None

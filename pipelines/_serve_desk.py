@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from pipelines._inpainting import written
 from pipelines._serve_names import inside, word
 from pipelines.catalog import Card
 from pipelines.controls import KINDS, Steering, read_all
@@ -109,7 +110,7 @@ class Desk:
                 "model", model, f"one of {', '.join(self.models)}{nearest(str(model), self.models)}"
             )
         for name in INPUTS:
-            if given.get(name) is not None:
+            if given.get(name) is not None and not (name == "mask" and written(given[name])):
                 given[name] = str(self.upload(given[name], owner, name))
         _check_texts(given)
         given["model"] = self.places.get(model, model)

@@ -25,7 +25,7 @@ from control.lora import LoRAAdapter
 from dit.spec import parse
 from pipelines._adapter_files import AdapterFile
 from pipelines.calls import default_of
-from pipelines.controls import LoRAChoice, Steering
+from pipelines.controls import ControlChoice, LoRAChoice, Steering
 from pipelines.networks import networks_of
 from pipelines.request import RequestError
 
@@ -69,7 +69,10 @@ class Steered:
 
     def __init__(self, parts: list[Part], off: list[Steering]) -> None:
         self.parts, self.off = parts, off
-        self._memory = Memory()
+        named = [
+            part.choice for part in parts if isinstance(part.choice, ControlChoice)
+        ]  # of one storage and place
+        self._memory = Memory(storage=named[0].storage, place=named[0].place) if named else Memory()
         self._uses: tuple[int, list[Use]] | None = None
         self.run: ControlRun | None = None
 

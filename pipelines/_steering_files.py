@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +47,39 @@ def prepare(request: Request, folder: Path, card: Card, size: tuple[int, int] | 
     choices: list[Any] = [*request.controls, *request.loras]
     if not choices:
         return NOTHING
-    _check_card(choices[0], card)
-    parts = []
+    parts = [_with_pictures(part, request, card, size) for part in _adapters(request, folder, card)]
+    _check_fit(parts, folder)
+    return Steered(parts, [one for one in choices if one.off])
+
+
+def check(request: Request, folder: Path, card: Card) -> None:
+    """Check the adapters of a request, as for many requests at a time: no picture is opened. Raises: RequestError."""
+    parts = list(_adapters(request, folder, card))
+    for part in parts:
+        if isinstance(part.choice, ControlChoice):
+            _parsed(part, _made_by(part))
+    _check_fit(parts, folder)
+
+
+def _adapters(request: Request, folder: Path, card: Card) -> Iterator[Part]:
+    """Yield what a request names to steer with, found and told by the headers of its files."""
+    choices: list[Any] = [*request.controls, *request.loras]
     for choice in choices:
+        _check_card(choice, card)
         if choice.off:
             continue
         name = choice.adapter if isinstance(choice, ControlChoice) else choice.file
         path = find_adapter(choice.field, name, folder)
-        file = read_adapter(path, choice.field)
-        part = Part(choice, file, digest_of_file(path))
+        part = Part(choice, read_adapter(path, choice.field), digest_of_file(path))
         _check_kind(part)
-        parts.append(_with_pictures(part, request, card, size))
-    _check_fit(parts, folder)
-    return Steered(parts, [one for one in choices if one.off])
+        yield part
 
 
 def _with_pictures(part: Part, request: Request, card: Card, size: tuple[int, int] | None) -> Part:
     choice = part.choice
     changes: dict[str, Any] = {"pictures": {}}
     if isinstance(choice, ControlChoice):
-        made_by = None if choice.raw else choice.condition or part.file.condition
-        if made_by is None and not choice.raw:
-            raise error_of(
-                part,
-                f"given with @CONDITION or raw=true: {part.file.path.name} does not tell how its conditions are made",
-            )
+        made_by = _made_by(part)
         condition = _parsed(part, made_by)
         picture = _read(part, choice.file, "the picture", changes["pictures"], "picture")
         wide, high = _size(request, card, size or (picture.shape[1], picture.shape[0]))
@@ -101,6 +110,18 @@ def _read(part: Part, path: str, what: str, told: dict[str, Any], name: str) -> 
     except Refused as error:
         raise error_of(part, f"given a picture that can be read: {error}") from None
     return found
+
+
+def _made_by(part: Part) -> str | None:
+    """Return how a picture becomes the condition, as text; None where it is one already."""
+    choice: Any = part.choice
+    made_by: str | None = None if choice.raw else choice.condition or part.file.condition
+    if made_by is None and not choice.raw:
+        raise error_of(
+            part,
+            f"given with @CONDITION or raw=true: {part.file.path.name} does not tell how its conditions are made",
+        )
+    return made_by
 
 
 def _parsed(part: Part, text: str | None) -> Condition | None:
@@ -138,6 +159,13 @@ def _check_kind(part: Part) -> None:
             part,
             f"a LoRA: {part.file.path.name} is {part.file.kind}, which steers by a picture; use --control",
         )
+    keeps = part.file.kind in ("", "easycontrol", "unic-adapter")  # what other code bases wrote tells no kind
+    if (
+        isinstance(part.choice, ControlChoice)
+        and not keeps
+        and (part.choice.storage, part.choice.place) != ("exact", "device")
+    ):
+        raise error_of(part, f"given without storage and place: {part.file.kind} keeps no keys and values")
     if isinstance(part.choice, ControlChoice) and takes is False and part.file.kind != "lora":
         raise error_of(
             part, f"one that steers by a picture: {part.file.path.name} is {part.file.kind}; use --lora"

@@ -23,7 +23,7 @@ from pipelines.request import RequestError
 
 __all__ = [
     "KINDS", "AdapterFile", "ControlChoice", "LoRAChoice", "Steering", "adapters", "add_files", "add_options", "confirmed",
-    "described", "files", "given", "noted", "preview", "read_all", "steered", "steering",
+    "described", "files", "fits", "given", "noted", "preview", "read_all", "steered", "steering",
 ]  # fmt: skip
 
 
@@ -114,6 +114,17 @@ def steered(request: Any, card: Any, folder: Path, inputs: Any) -> Any:
     return dataclasses.replace(
         inputs, image=image, steering=found, inpainting=part, digests=inputs.digests | mask | found.digests()
     )
+
+
+def fits(request: Any, card: Any, folder: Path) -> None:
+    """Check the adapters that a request names, without its pictures, for a table of requests; no weights of a model load.
+
+    Raises: RequestError, also for an adapter of another model.
+    """
+    if request.controls or request.loras:
+        from pipelines import _steering_files
+
+        _steering_files.check(request, folder, card)
 
 
 @contextlib.contextmanager

@@ -63,12 +63,15 @@ def read_inputs(request: Request, card: Card) -> Inputs:
 
 
 def read_image(path: str | None, field: str = "image") -> tuple[Image | None, dict[str, str] | None]:
-    """Open a starting picture. Raises: RequestError, before anything large is decoded."""
+    """Open a starting picture: of an animation its first frame, turned upright, transparency on white, 16 bits brought to 8.
+
+    Raises: RequestError, before anything large is decoded.
+    """
     if path is None:
         return None, None
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    file = Path(path).expanduser()
+    file, data = Path(path).expanduser(), b""
     try:
         if file.stat().st_size > BYTE_LIMIT:
             raise RequestError(field, path, f"a file of at most {BYTE_LIMIT // 1_000_000} MB")
@@ -80,14 +83,35 @@ def read_image(path: str | None, field: str = "image") -> tuple[Image | None, di
                     f"{opened.width}x{opened.height}",
                     f"at most {PIXEL_LIMIT // 1_000_000} million pixels",
                 )
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            picture = _rgb(ImageOps.exif_transpose(opened))
     except RequestError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RequestError(field, path, f"at most {PIXEL_LIMIT // 1_000_000} million pixels") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise RequestError(field, path, f"a readable PNG, JPEG, WebP or BMP picture ({error})") from None
+        words = str(error)
+        if isinstance(error, UnidentifiedImageError):
+            words = "no picture is recognised in it" if data else "it is empty"
+        elif isinstance(error, FileNotFoundError):
+            words = "there is no such file"
+        elif isinstance(error, OSError) and error.strerror:
+            words = error.strerror.lower()
+        raise RequestError(field, path, f"a readable PNG, JPEG, WebP or BMP picture ({words})") from None
     return picture, {"name": file.name, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _rgb(image: Image) -> Image:
+    """Return a picture of any of these files' modes as `control.conditions.read_picture` sees it, in 8 bits."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode == "I" or image.mode.startswith("I;16"):  # which Pillow would cut at 255
+        levels = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        image = Image.fromarray(np.rint(levels).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return image.convert("RGB")
 
 
 def _noted(path: str, frames: list[Image]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A job waits, is leased to a worker until a deadline that heartbeats push on, and ends `done`, `failed`, `poisoned` (the last try
 failed too) or `cancelled`. A worker that lost its lease - it died, hung, or the job was cancelled - can no longer change anything:
-files become visible and the job `done` in one transaction that checks the lease, so nothing is lost and nothing made twice.
+files become visible and the job `done` in one transaction that checks the lease, so nothing is lost and nothing made twice. Which
+bytes are to appear under which names is written down for good before, and these names and bytes decide what a dead worker had done.
 
 Differs: a lease lasts by the clock of the ledger alone; other computers never compare theirs (Ray's driver holds the ledger).
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 from pipelines._jobs_keys import content_key, default_model, digests_of, file_digest
 from pipelines._jobs_records import STATES, Item, Job
-from pipelines._jobs_saving import publish
+from pipelines._jobs_saving import clear, publish, sync_names
 from pipelines._jobs_store import LedgerError, Store
 from pipelines.request import RequestError
 
@@ -158,7 +159,7 @@ class Ledger:
 
         The choice is kept, so a job that is made again replaces its own file and never adds another.
         """
-        with self._store.writing() as db:
+        with self._store.writing(durable=False) as db:  # `done` makes it last, before anything gets that name
             held = db.execute(
                 "SELECT target FROM jobs WHERE name = ? AND lease = ?", (job.name, job.lease)
             ).fetchone()
@@ -192,18 +193,21 @@ class Ledger:
         staged = staged or {}
         behind = {final: draft for draft, final in staged.items()}
         hashes = [file_digest(behind.get(path, path)) for path in files]
-        with self._store.writing() as db:
-            values = {"state": "done", "files": _json([str(one) for one in files]), "hashes": _json(hashes),
-                      "report": _json(report), "ended": self.clock(), "phase": "", "error": "",
-                      "deadline": 0.0, "change": _next_change(db)}  # fmt: skip
-            if not _update(db, job, values):
+        made = {"files": _json([str(one) for one in files]), "hashes": _json(hashes), "report": _json(report)}
+        if staged:
+            with self._store.writing() as db:  # lasts before a name appears: else a file might lie there that is nobody's
+                if not _update(db, job, made):
+                    return False
+        with self._store.writing(durable=not staged) as db:  # if a loss of power undoes this one, `expire` does it again
+            values = {"state": "done", "ended": self.clock(), "phase": "", "error": "", "deadline": 0.0}
+            if not _update(db, job, made | values | {"change": _next_change(db)}):
                 return False
             publish(staged)
         return True
 
     def failed(self, job: Job, error: str, *, again: bool = True) -> str:
         """Tell of a failure; return the new state: waiting, or poisoned after the last try; failed where `again` is False."""
-        with self._store.writing() as db:
+        with self._store.writing(durable=False) as db:  # at worst it is tried once more
             row = db.execute("SELECT state, tries, lease FROM jobs WHERE name = ?", (job.name,)).fetchone()
             if row is None or row["state"] != "running" or row["lease"] != job.lease:
                 return "" if row is None else str(row["state"])
@@ -216,7 +220,7 @@ class Ledger:
 
     def give_back(self, job: Job) -> None:
         """Return a job to the queue as if it had not been begun: its worker was asked to stop."""
-        with self._store.writing() as db:
+        with self._store.writing(durable=False) as db:  # at worst its lease runs out
             values = {"state": "waiting", "phase": "", "progress": "{}", "worker": "", "deadline": 0.0, "started": 0.0,
                       "tries": max(0, job.tries - 1), "change": _next_change(db)}  # fmt: skip
             _update(db, job, values)
@@ -261,11 +265,22 @@ class Ledger:
         self._set("name = ?", [name], {"priority": priority})
 
     def expire(self) -> int:
-        """Take back the leases that are past their deadline: such jobs wait again, or are poisoned after the last try."""
+        """Take back the leases that are past their deadline: such jobs wait again, or are poisoned after the last try.
+
+        A job whose worker ended after all its files had their names is done: they hold the bytes that it had written down.
+        """
         late, now = "state = 'running' AND deadline < ?", self.clock()
         with self._store.reading() as db:
-            if db.execute(f"SELECT 1 FROM jobs WHERE {late} LIMIT 1", (now,)).fetchone() is None:
-                return 0
+            rows = db.execute(f"SELECT name, folder, files, hashes FROM jobs WHERE {late}", (now,)).fetchall()
+        if not rows:
+            return 0
+        for row in rows:
+            files = json.loads(row["files"])
+            if files and not _wrong(files, json.loads(row["hashes"])):
+                sync_names(map(Path, files))  # their worker may have ended before it did
+                whole = {"state": "done", "phase": "", "error": "", "deadline": 0.0, "lease": "", "ended": now}
+                if self._set(f"name = ? AND {late}", [row["name"], now], whole):
+                    clear(Path(row["folder"]), row["name"])
         words = f"its worker ended in the middle of it {self.tries} times"
         ended = {"phase": "", "lease": "", "deadline": 0.0}
         spent = self._set(

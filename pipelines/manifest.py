@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines._cells import DRAWN, cell
+from pipelines._inpainting import written
 from pipelines._paths import Roots, file_name
 from pipelines._tables import KINDS, Problem, problem, read_rows
 from pipelines.request import INPUTS, LARGEST_SEED, Request, RequestError, nearest, settings
@@ -296,7 +297,7 @@ class _Reader:
             for name, value in request.items()
             if name not in self.defaults or value != self.defaults[name]
         }
-        for name in (one for one in INPUTS if one in given):
+        for name in (one for one in INPUTS if one in given and not (one == "mask" and written(given[one]))):
             request[name] = self._file(line, name, given[name])
         for name in ("model", "profile"):
             if isinstance(given.get(name), str) and ".." in Path(given[name]).parts:

@@ -161,6 +161,12 @@ class Request:
             raise RequestError("prompts", self.prompts, "left out where a prompt or class number is given")
         if self.mask is not None and self.clip is None and self.image is None:
             raise RequestError("mask", self.mask, "given with a clip or a starting picture")
+        if self.mask is not None and self.mask.startswith("outpaint:"):
+            from pipelines._inpainting import sides
+
+            if self.clip is not None:
+                raise RequestError("mask", self.mask, "a picture or a clip, where a clip is given")
+            sides(self.mask)
         if self.mask is not None and self.task is not None:
             raise RequestError("mask", self.mask, f"left out where a task is named ({self.task})")
         if self.window_seeds is not None and self.images > 1:

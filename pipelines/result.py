@@ -137,7 +137,7 @@ class Result:
         """Whether every picture holds something: no NaN, not one colour all over."""
         return not self.report.get("failures")
 
-    def save(self, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:
+    def save(self, path: str | Path | None = None, *, overwrite: bool = False, draft: bool = False) -> list[Path]:
         """Save every picture as PNG with a JSON file of the same name beside it, unless its request asks for no metadata.
 
         Args:
@@ -145,6 +145,7 @@ class Result:
                 get -1, -2, ...; a folder, or None for the current folder; in a folder names are made
                 of the prompt and the seed, and numbered so that nothing is replaced.
             overwrite: replace files that are there; otherwise they are an error.
+            draft: only the bytes need to outlive a loss of power, not the names: they will be renamed.
 
         Returns:
             The pictures' paths. Each file is whole when its name appears: written under another name, flushed, renamed.
@@ -162,11 +163,11 @@ class Result:
             text = file_text(picture.request, picture.report)
             made = picture.file(target.suffix.lower())
             if isinstance(made, dict):
-                write_folder(target, made, overwrite=overwrite)
+                write_folder(target, made, overwrite=overwrite, draft=draft)
             else:
-                write_file(target, made, overwrite=overwrite)
+                write_file(target, made, overwrite=overwrite, draft=draft)
             if text is not None:
-                write_file(target.with_suffix(".json"), text.encode(), overwrite=overwrite)
+                write_file(target.with_suffix(".json"), text.encode(), overwrite=overwrite, draft=draft)
         self.report.setdefault("timings", {})["save"] = time.perf_counter() - start
         return paths
 
@@ -182,8 +183,11 @@ class Result:
         return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(len(self.pictures))]
 
 
-def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
+def write_file(path: Path, data: bytes, *, overwrite: bool = False, draft: bool = False) -> None:
     """Write a file so that it is whole or not there: other name, flush, fsync, rename, fsync of the folder.
+
+    Args:
+        draft: leave out the last one; the caller renames the file, and synchronises the folder of its final name.
 
     Raises:
         SaveError: with the reason; what was written so far is removed.
@@ -195,18 +199,22 @@ def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # the bytes: a name that outlives a loss of power must not be that of a torn file
             _publish(other, path, overwrite)
         finally:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 other.unlink()
-        sync_folder(path.parent)
+        if not draft:
+            sync_folder(path.parent)  # the name
     except OSError as error:
         raise SaveError(path, error) from error
 
 
-def write_folder(path: Path, files: dict[str, bytes], *, overwrite: bool = False) -> None:
+def write_folder(path: Path, files: dict[str, bytes], *, overwrite: bool = False, draft: bool = False) -> None:
     """Write a folder of files so that it is whole or not there; one to be replaced must hold nothing else than such files.
+
+    Args:
+        draft: as `write_file`.
 
     Raises:
         SaveError: with the reason; what was written so far is removed.
@@ -216,7 +224,8 @@ def write_folder(path: Path, files: dict[str, bytes], *, overwrite: bool = False
         try:
             other.mkdir()
             for name, data in files.items():
-                write_file(other / name, data)
+                write_file(other / name, data, draft=True)
+            sync_folder(other)  # the names in it, once for all of them
             if path.exists():
                 if not overwrite or not _own_folder(path):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -228,7 +237,8 @@ def write_folder(path: Path, files: dict[str, bytes], *, overwrite: bool = False
                 other.rename(path)
         finally:
             shutil.rmtree(other, ignore_errors=True)
-        sync_folder(path.parent)
+        if not draft:
+            sync_folder(path.parent)
     except OSError as error:
         raise error if isinstance(error, SaveError) else SaveError(path, error) from error
 

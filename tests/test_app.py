@@ -74,7 +74,7 @@ class FakeResult:
             "versions": {"torch": "2"},
         }
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: Path, **_: Any) -> list[Path]:
         names = [folder / f"{self.request.seed + i}.png" for i in range(self.request.images)]
         paths = [folder] if folder.suffix else names
         for path in paths:

@@ -39,7 +39,7 @@ from pipelines.safe import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WAIT = 120_000
+WAIT = 180_000
 """Longest wait for anything in the browser, in ms: busy machines are slow."""
 
 # Stands in for `leapfrog`: the same batch, with a picture of one colour in the place of a network.

@@ -1,11 +1,10 @@
-"""Compare, Grid and Tune: what they measure, ask and show; and once all three in a browser, with a tiny random model."""
+"""Compare, Grid and Tune: what they measure, ask and show."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import math
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,10 @@ import app_compare
 import app_compare_views
 import app_grid
 import app_grid_views
+import app_pairs
 import app_tune
 from app_page import House
+from app_settings import Choice
 from pipelines._tuning import item, tuned
 from pipelines.catalog import Card
 from pipelines.compare import difference_of_clips
@@ -251,6 +252,114 @@ def test_only_a_session_s_own_results_and_uploads_can_be_compared(house: Any, tm
     assert "exact already" in room._exact(OWNER, name, None, {})[1]  # type: ignore[arg-type]
 
 
+def made(house: Any, folder: Path, count: int) -> list[str]:
+    """Put results of OWNER into the ledger; return what a list calls them."""
+    ledger, names = house.jobs.ledger, []
+    for number in range(count):
+        request = Request(prompt=f"dog {number}").to_dict()
+        (row,) = ledger.add([Item(request=request, id=f"dog-{number}", owner=OWNER, folder=str(folder))])
+        ledger.done(ledger.lease("w"), [saved(folder / f"dog-{number}.png", noise(number))], {})
+        names.append(f"{row.name}/0")
+    return names
+
+
+@pytest.fixture
+def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let served copies lie in a folder of the test."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
+    return tmp_path / "served"
+
+
+def test_the_same_comparison_gives_the_same_words_and_is_measured_once(
+    house: Any, tmp_path: Path, uploads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list tells a choice twice and once more when it is left; a viewer with other words in it would begin anew."""
+    measured: list[tuple[Path, Path]] = []
+
+    def counted(a: Path, b: Path) -> Any:
+        measured.append((a, b))
+        return likeness(a, b)
+
+    monkeypatch.setattr(app_pairs, "likeness", counted)
+    room, (a, b, c) = app_compare.Compare(house), made(house, tmp_path, 3)
+    first = room._compare(OWNER, a, b, {}, 1)  # type: ignore[arg-type]
+    assert 'data-mode="slider"' in first[1]
+    together: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: together.append(room._compare(OWNER, c, b, {}, 2)))  # type: ignore[arg-type]
+        for _ in range(4)
+    ]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(set(together)) == 1
+    assert len(measured) == 2
+    assert room._compare(OWNER, a, b, {}, 3) == first  # type: ignore[arg-type]
+    assert len(measured) == 2
+    (tmp_path / "dog-0.png").write_bytes((tmp_path / "dog-2.png").read_bytes())
+    assert room._compare(OWNER, a, b, {}, 4)[1] not in (first[1], together[0][1]), "another file, other words"  # type: ignore[arg-type]
+    assert len(measured) == 3
+    for one in uploads.rglob("difference.png"):
+        one.unlink()
+    assert room._compare(OWNER, c, b, {}, 5)[1] != together[0][1], (
+        "a picture that was cleaned away is made again"
+    )  # type: ignore[arg-type]
+    assert len(measured) == 4
+
+
+def test_a_slow_comparison_never_wins_over_a_newer_one(
+    house: Any, tmp_path: Path, uploads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(a: Path, b: Path) -> Any:
+        if "dog-1" in b.name:
+            begun.set()
+            assert go.wait(60)
+        return likeness(a, b)
+
+    monkeypatch.setattr(app_pairs, "likeness", slow)
+    room, (a, b, c) = app_compare.Compare(house), made(house, tmp_path, 3)
+    answers: list[Any] = []
+    page, other = SimpleNamespace(session_hash="one"), SimpleNamespace(session_hash="two")
+    house.session = lambda _: OWNER
+    older = threading.Thread(target=lambda: answers.append(room._compare(page, a, b, {}, 1)))  # type: ignore[arg-type]
+    older.start()
+    assert begun.wait(60)
+    assert "dog-2.png" in room._compare(page, a, c, {}, 2)[1]  # type: ignore[arg-type]
+    room._compare(other, a, c, {}, 9)  # type: ignore[arg-type]
+    go.set()
+    older.join()
+    assert all("viewer" not in str(one) for one in answers[0]), "the newer pair stays"
+    assert "dog-1.png" in room._compare(page, a, b, {}, 3)[1], (
+        "a page is not held up by another one's numbers"
+    )  # type: ignore[arg-type]
+    assert all("room" not in str(one) for one in room._compare(page, None, None, {}, 2)), "one that came late"  # type: ignore[arg-type]
+
+
+def test_a_look_at_what_there_is_leaves_what_was_chosen_alone(house: Any, tmp_path: Path) -> None:
+    room, (a, b) = app_compare.Compare(house), made(house, tmp_path, 2)
+    told = [one._constructor_args[0] for one in room._choices(OWNER, a, None, {})]  # type: ignore[arg-type]
+    assert all("value" not in one for one in told), "it may answer later than the next choice is made"
+    (tmp_path / "dog-0.png").unlink()
+    left, right = (one._constructor_args[0] for one in room._choices(OWNER, a, b, {}))  # type: ignore[arg-type]
+    assert left["value"] is None, "what is gone cannot stay chosen"
+    assert "value" not in right
+    left, right = (one._constructor_args[0] for one in room._choices(OWNER, None, b, {}, {"a": b}))  # type: ignore[arg-type]
+    assert left["value"] == b
+    assert "value" not in right
+
+
+def test_a_list_whose_entries_have_just_changed_takes_what_was_chosen_before() -> None:
+    """A browser that is being told of another model's sizes still asks with the old one; the event must not break."""
+    sizes = Choice(["512x512"], filterable=False)
+    assert sizes.get_block_name() == "dropdown"
+    assert (sizes.preprocess(""), sizes.preprocess("64x64"), sizes.preprocess(None)) == ("", "64x64", None)
+    assert sizes.preprocess(["512x512"]) is None
+    assert not (ROOT / "app_settings.pyi").exists(), "gradio writes one for a class statement"
+
+
 def test_an_upload_cannot_make_the_page_open_files_or_strange_models(house: Any, tmp_path: Path) -> None:
     room = app_compare.Compare(house)
     for number, request in enumerate((
@@ -384,8 +493,15 @@ def test_a_profile_that_was_found_fills_the_form_of_create_and_one_that_is_gone_
     one.save(tmp_path / "profiles" / "mine.json")
     room = app_tune.Tune(house)
     found = {"name": "mine", "profile": json.loads(json.dumps(one.to_dict())), "guidance": 2.0}
-    model, _, steps, guidance, speed, dropdown, said = room._use(found)
-    assert (model, steps, guidance, speed, dropdown.value) == ("emoji", 4, 2.0, CUSTOM, "mine")
+    model, _, steps, guidance, speed, dropdown, form_of, said = room._use(found)
+    assert (model, steps, guidance, speed, dropdown.value, form_of) == (
+        "emoji",
+        4,
+        2.0,
+        CUSTOM,
+        "mine",
+        "emoji",
+    )
     assert "mine" in said
     for gone in (
         {},
@@ -394,75 +510,3 @@ def test_a_profile_that_was_found_fills_the_form_of_create_and_one_that_is_gone_
         found | {"profile": found["profile"] | {"model": "/x"}},
     ):
         assert 'role="alert"' in room._use(gone)[-1]
-
-
-playwright = importlib.util.find_spec("playwright")
-_spec = importlib.util.spec_from_file_location("page_fixtures", ROOT / "tests" / "test_page.py")
-if playwright is not None and _spec is not None and _spec.loader is not None:
-    page_fixtures = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(page_fixtures)
-    model, served, browser, tab = (
-        getattr(page_fixtures, name) for name in ("model", "served", "browser", "tab")
-    )
-    no_browser = page_fixtures.CHROMIUM is None
-else:
-    no_browser = True
-
-
-@pytest.mark.skipif(no_browser, reason="no chromium, or no playwright, on this computer")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_grid_is_made_two_of_its_cells_are_compared_and_a_search_is_stopped(
-    request: pytest.FixtureRequest,
-) -> None:
-    page, (_, output) = request.getfixturevalue("tab"), request.getfixturevalue("served")
-    expect = page_fixtures.playwright.expect
-    page.get_by_role("tab", name="Grid", exact=True).click()
-    page.locator("#grid-prompt textarea").fill("a dog")
-    page.locator("#grid-x-values textarea").fill("4, 6")
-    page.locator("#grid-y-values textarea").fill("none, delta-cache:interval=3")
-    page.locator("#grid-dry").click()
-    expect(page.locator("#grid-status")).to_contain_text("4 pictures, 0 made")
-    page.locator("#grid-start").click()
-    expect(page.locator("#grid-status")).to_contain_text("4 of 4 made")
-    expect(page.locator("#grid-table td[data-state=done]")).to_have_count(4)
-    expect(page.locator("#grid-scatter svg")).to_have_attribute("data-dots", "2")
-    files = list(output.glob("grids/*/cell-*.png"))
-    assert len(files) == 4
-    shown = {
-        hashlib.sha256(page.request.get(one.evaluate("image => image.src")).body()).hexdigest()
-        for one in page.locator("#grid-table img").all()
-    }
-    assert shown == {hashlib.sha256(one.read_bytes()).hexdigest() for one in files}, (
-        "the bytes that are served are those on the disk"
-    )
-
-    page.get_by_role("tab", name="Compare", exact=True).click()
-    for side, kind in (("a", "6 steps · seed 1 · exact"), ("b", "6 steps · seed 1 · delta-cache")):
-        page.locator(f"#compare-{side} input").click()
-        page.get_by_role("option").filter(has_text=kind).click()
-    viewer = page.locator(".viewer")
-    expect(viewer).to_have_attribute("data-mode", "slider")
-    numbers = page.locator("#compare-numbers")
-    expect(numbers).to_contain_text("delta-cache:interval=3")
-    assert "PSNR" in numbers.inner_text()
-    page.locator(".viewer .panes").focus()
-    page.keyboard.press(" ")
-    expect(viewer).to_have_attribute("data-mode", "flicker")
-    expect(viewer).to_have_attribute("data-shown", "b")
-    page.keyboard.press("+")
-    expect(page.locator(".viewer .factor")).to_have_text("1.5x")
-    page.get_by_role("button", name="Difference").click()
-    expect(page.locator(".pane.heat img")).to_be_visible()
-
-    page.get_by_role("tab", name="Tune", exact=True).click()
-    page.get_by_text("2 min", exact=True).click()
-    page.locator("#tune-start").click()
-    expect(page.locator("#tune-stop")).to_be_visible()
-    page.locator("#tune-stop").click()
-    expect(page.locator("#tune-status")).to_contain_text("Stopped")
-
-    page.set_viewport_size({"width": 360, "height": 780})
-    for name in ("tune-start", "tune-status"):
-        assert page.locator(f"#{name}").is_visible()
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
-    assert page.evaluate(page_fixtures._NAMELESS) == []

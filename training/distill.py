@@ -37,6 +37,7 @@ from dit.dense2moe import (
 )
 from dit.experts.mixture import set_active
 from dit.seams import Block, around_blocks, blocks_of
+from training.fitting import fit_convolutions
 from training.inherit import inherit
 from training.objectives import hybrid
 from training.optimizers import Master
@@ -165,10 +166,12 @@ class Distiller(Trainer):
         self.teacher = (
             load_network(Path(self.recipe["teacher"]["folder"])).to(self.device).requires_grad_(False)
         )
-        settings = {k: v for k, v in self.recipe["student"].items() if k != "make"}
+        settings = {k: v for k, v in self.recipe["student"].items() if k not in ("make", "fit")}
         report: Any
         if self.recipe["student"]["make"] == "inherit":
             student, report = inherit(self.teacher, **settings)
+            if self.recipe["student"].get("fit") and not self._goes_on():
+                self.fit(student, self.recipe["student"]["fit"])
         else:
             student = copy.deepcopy(self.teacher).requires_grad_(True)
             report = convert(student, settings["experts"], self._scores(student, settings))
@@ -319,14 +322,27 @@ class Distiller(Trainer):
         kind, seed = settings.get("importance", "taylor"), self.recipe["run"]["seed"]
         if kind not in IMPORTANCE:
             raise ValueError(f"student: importance is one of {', '.join(IMPORTANCE)}, got {kind!r}")
-        if (self.out / "state.safetensors").is_file() or kind == "random":
-            return random_scores(
-                dense, seed
-            )  # of a run that goes on only the form matters: its weights are read back
+        if self._goes_on() or kind == "random":
+            return random_scores(dense, seed)
         return magnitude_scores(dense) if kind == "magnitude" else self.importance(dense, settings)
 
     def importance(self, dense: Any, settings: dict[str, Any]) -> Scores:
         """Return Taylor's importance of the hidden channels of a dense network, from a few batches of the data."""
+        return taylor_scores(dense, [self._first_batches(dense)] * settings.get("batches", 8))
+
+    def fit(self, student: Any, batches: int) -> None:
+        """Fit the convolutions of a linear student to the teacher's softmax, on a few batches of the data."""
+        one = self._first_batches(self.teacher)
+        explained = fit_convolutions(student, self.teacher, [one] * batches)
+        mean = sum(explained.values()) / len(explained)
+        print(f"convolutions fitted: {mean:.0%} of what linear attention lacks", file=sys.stderr)
+
+    def _goes_on(self) -> bool:
+        """Whether an earlier run lies in the folder: only the form of the student matters then, its weights are read back."""
+        return (self.out / "state.safetensors").is_file()
+
+    def _first_batches(self, network: Any) -> Callable[[], Tensor]:
+        """Return a function that runs a network on the next of a fixed row of batches, and returns its loss on the data."""
         self.load_data()
         dice = torch.Generator().manual_seed(self.recipe["run"]["seed"])
 
@@ -338,12 +354,12 @@ class Distiller(Trainer):
             times = self.objective.times(len(latents), dice).to(self.device)
 
             def denoise(noisy: Tensor, level: Tensor) -> Tensor:
-                out: Tensor = self._denoiser(prompts, dense)(noisy, level)
+                out: Tensor = self._denoiser(prompts, network)(noisy, level)
                 return out[:, : latents.shape[1]]
 
             return self.objective.losses(denoise, latents, noise, times).mean()
 
-        return taylor_scores(dense, [batch] * settings.get("batches", 8))
+        return batch
 
 
 def load_network(folder: Path) -> Any:

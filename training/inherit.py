@@ -3,8 +3,8 @@
 Paper: LiT: Delving into a Simple Linear Diffusion Transformer for Image Generation, Wang et al. 2025, arXiv:2501.12976 (all
 weights but those of the attention).
 Differs: queries, keys, values and output map can be taken over too (`load="qkvo"`), meant for students that train for a short
-time only: the paper found them slightly harmful after 400k steps. In blocks of one stream the output map is the
-attention's share of the joint map.
+time only: the paper found them slightly harmful after 400k steps. The convolution then starts at zero. In blocks of one stream
+the output map is the attention's share of the joint map.
 """
 
 from __future__ import annotations
@@ -93,10 +93,16 @@ def inherit(teacher: Any, *, load: str = "", **changes: Any) -> tuple[Any, Inher
             own[:, width:] = found[:, width:]
             renewed.append(f"{name}[:, :{width}]")
             inherited += [f"{name}[:, {width}:]"] * (own.shape[1] > width)
+    new = tuple(name for name in wanted if name not in given)
+    if {"v", "o"} <= set(load):
+        # What is added to answers that the network knows how to read must begin at nothing.
+        for name in new:
+            if ".attn.conv." in name:
+                wanted[name].zero_()
     report = Inheritance(
         inherited=tuple(inherited),
         renewed=tuple(renewed),
-        new=tuple(name for name in wanted if name not in given),
+        new=new,
         dropped=tuple(name for name in given if name not in wanted),
     )
     return student.train(teacher.training), report

@@ -216,7 +216,8 @@ class MotionTrainer(Trainer):
             batch = self.held_clips.draw(5, dice, tasks={task: 1.0})
             noise = torch.randn(batch.latents.shape, generator=dice).to(self.device)
             clean, mask = batch.latents.to(self.device), batch.mask.to(self.device)
-            made = euler(self._guided(batch.prompts, clean, mask, scale), noise, steps)
+            shift = self.recipe["sampling"]["shift"]
+            made = euler(self._guided(batch.prompts, clean, mask, scale), noise, steps, shift=shift)
             rows.append(blend(clean, made, mask))
         return contact_sheet(torch.cat(rows)[:, :, ::2])
 

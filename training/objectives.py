@@ -59,10 +59,14 @@ def hybrid(
 
 
 @torch.no_grad()
-def euler(denoiser: Denoiser, noise: Tensor, steps: int) -> Tensor:
-    """Walk from noise [B, C, H, W] to pictures in `steps` even steps: for sample sheets while training."""
+def euler(denoiser: Denoiser, noise: Tensor, steps: int, *, shift: float = 1.0) -> Tensor:
+    """Walk from noise [B, C, H, W] to pictures in `steps` steps: for sample sheets while training.
+
+    Steps are even with `shift` 1; above 1, more of them lie near noise, as in the flow schedulers of diffusers.
+    """
     x = noise
     times = torch.linspace(1, 0, steps + 1)
+    times = shift * times / (1 + (shift - 1) * times)
     for now, then in pairwise(times):
         x = x + (then - now) * denoiser(x, now.expand(len(x)).to(x.device))
     return x

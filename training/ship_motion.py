@@ -56,7 +56,7 @@ def ship(recipe: dict[str, Any], transformer: Path, codec: Path | None, out: Pat
     """Write the folder beside its place, then put it there; weights are stored in bfloat16."""
     pipeline = TextToVideoPipeline(
         load_bfloat16(network_class(transformer), transformer),
-        FlowMatchEulerDiscreteScheduler(),
+        FlowMatchEulerDiscreteScheduler(shift=recipe["sampling"]["shift"]),
         codec=codec_of(recipe, codec),
         text_model=MINILM,
         text_length=recipe["data"]["text_tokens"],

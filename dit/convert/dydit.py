@@ -56,6 +56,8 @@ class DyDiTSystem(DiTSystem):
         for key, tensor in state.items():
             found = _KEY.fullmatch(key)
             if found and found[2] in _PARTS:
+                if not tensor.numel():  # the width gates of a network of one head, which choose nothing
+                    continue
                 ours[f"transformer_blocks.{found[1]}.{_PARTS[found[2]]}.{found[3]}"] = tensor
             else:
                 rest[key] = tensor
@@ -64,7 +66,15 @@ class DyDiTSystem(DiTSystem):
     def to_official(self, model: nn.Module) -> Tensors:
         """Write the gates under their official names and the rest as a DiT."""
         names = {ours: theirs for theirs, ours in _PARTS.items()}
-        gates, rest = {}, {}
+        config: Any = model.config
+        gates: Tensors = {}
+        rest: Tensors = {}
+        if config.heads == 1:
+            none = next(model.parameters()).new_empty(0, config.width)
+            for i in range(config.depth):
+                for gate in ("attn_rate", "mlp_rate"):
+                    path = f"blocks.{i}.{gate}.router"
+                    gates |= {f"{path}.weight": none, f"{path}.bias": none[:, 0]}
         for key, tensor in model.state_dict().items():
             found = _OURS.fullmatch(key)
             if found:
@@ -150,8 +160,12 @@ def _watched(model: nn.Module) -> Iterator[Any]:
 
     def masks() -> Tensors:
         stacked = {name: torch.stack(parts, dim=1) for name, parts in found.items() if parts}
+        for name in set(found) - set(stacked):  # one head: there are no gates
+            tokens = stacked["token_mask"]
+            stacked[name] = tokens.new_empty(*tokens.shape[:2], 0)
         for name in set(stacked) - {"token_mask"}:  # the first head and the first group are always on
-            stacked[name] = torch.cat([torch.ones_like(stacked[name][..., :1]), stacked[name]], dim=-1)
+            first = stacked["token_mask"].new_ones(*stacked[name].shape[:2], 1)
+            stacked[name] = torch.cat([first, stacked[name]], dim=-1)
         return stacked
 
     try:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import dit.experts
 import dit.mixers
-from acceleration import DeltaCache, accelerated
+from acceleration import Accelerator, DeltaCache, accelerated
+from acceleration.base import Refused, Untouched
 from dit.backbones.dit import DiT
 from dit.backbones.mmdit import MMDiT
 from dit.experts.dense import Experts
@@ -22,6 +23,16 @@ from dit.spec import kinds
 assert dit.experts
 assert dit.mixers
 
+SLOTS = [(mixer, "dense") for mixer in kinds(Mixer)] + [("full", experts) for experts in kinds(Experts)]
+EAGER: dict[str, dict[str, Any]] = {  # so that few steps and short sequences are not left alone
+    "delta-cache": {"interval": 2, "warmup": 1, "final_full": 1},
+    "taylor-cache": {"interval": 2, "warmup": 1, "final_full": 1},
+    "step-forecast": {"interval": 2, "warmup": 1, "final_full": 1},
+    "adaspa": {"min_tokens": 16, "density": 0.4, "rows": 4, "block": 4, "dense_layers": 0, "warmup": 0.2},
+    "xattention": {"min_tokens": 16, "threshold": 0.05, "stride": 2, "rows": 16, "block": 16, "dense_layers": 0, "warmup": 0.2},
+    "token-merge": {"min_tokens": 16, "window": 4},
+    "guidance-skip": {"warmup": 1},
+}
 PAIRS = [(mixer, experts) for mixer in kinds(Mixer) for experts in kinds(Experts)]
 
 
@@ -96,6 +107,55 @@ def test_no_mixer_passes_routed_heads_by(build: Any, mixer: str) -> None:
     assert gates == []
 
 
+@pytest.mark.parametrize(("mixer", "experts"), SLOTS)
+@pytest.mark.parametrize("build", [one_stream, two_streams])
+def test_every_accelerator_runs_or_is_refused(build: Any, mixer: str, experts: str) -> None:
+    try:
+        network = build(mixer, experts)
+    except ValueError:
+        return
+    for one in network.parameters():
+        if not one.any():
+            nn.init.normal_(one, std=0.1)
+    network.eval()
+    given = inputs(network)
+    plain, ran, refused = steps(network, given), [], {}
+    for name, method in kinds(Accelerator).items():
+        try:
+            with accelerated(network, method(**EAGER.get(name, {})), steps=4):
+                made = steps(network, given)
+        except (Refused, Untouched) as error:
+            refused[name] = str(error)
+        else:
+            assert all(one.isfinite().all() for one in made), name
+            ran.append(name)
+        assert all(torch.equal(a, b) for a, b in zip(plain, steps(network, given), strict=True)), name
+    assert {"delta-cache", "step-forecast"} <= set(ran)
+    assert all(len(words.split()) > 3 for words in refused.values()), refused
+
+
+@pytest.mark.parametrize(("mixer", "experts"), SLOTS)
+@pytest.mark.parametrize("build", [one_stream, two_streams])
+def test_every_slot_works_in_half_precision(build: Any, mixer: str, experts: str) -> None:
+    try:
+        network = build(mixer, experts).eval()
+    except ValueError:
+        return
+    given = inputs(network)
+    for one in network.parameters():
+        if not one.any():
+            nn.init.normal_(one, std=0.02)
+    whole = answer(network, given)
+    half = answer(network.to(torch.bfloat16), given)
+    assert half.dtype == torch.float32
+    assert float((half - whole).abs().max()) < 0.1 * float(whole.abs().max())
+
+
+def steps(network: Any, given: dict[str, Any]) -> list[Tensor]:
+    """Four calls from noise to picture."""
+    return [answer(network, given | {"timestep": torch.full((2,), t)}) for t in (800.0, 600.0, 400.0, 200.0)]
+
+
 def learn(network: Any, given: dict[str, Any]) -> bool:
     """Take two steps; whether the loss fell and every part of the second gradient is finite."""
     network.train()
@@ -116,8 +176,7 @@ def accelerates(network: Any, given: dict[str, Any]) -> None:
     """Neutral settings are bit-equal, eager ones leave blocks out, and nothing stays."""
 
     def run() -> list[Tensor]:
-        times = (800.0, 600.0, 400.0, 200.0)
-        return [answer(network, given | {"timestep": torch.full((2,), time)}) for time in times]
+        return steps(network, given)
 
     plain = run()
     with accelerated(network, DeltaCache(interval=1), steps=4):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,13 +131,24 @@ def _made(kind: str) -> Tiny:
 
 
 @pytest.fixture
-def make() -> Callable[[str], Tiny]:
-    return _made
+def make() -> Iterator[Callable[[str], Tiny]]:
+    """Models by kind, made once; what diffusers' hooks leave on them (`forward`, restored as an attribute) goes with the test."""
+    used: list[Tiny] = []
+
+    def made(kind: str) -> Tiny:
+        used.append(_made(kind))
+        return used[-1]
+
+    yield made
+    for tiny in used:
+        for module in tiny.model.modules():
+            if vars(module).pop("_diffusers_hook", None) is not None:
+                vars(module).pop("forward", None)
 
 
 @pytest.fixture(params=sorted(KINDS))
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    return _made(request.param)
+def tiny(request: pytest.FixtureRequest, make: Callable[[str], Tiny]) -> Tiny:
+    return make(request.param)
 
 
 def shaken(adapter: ControlAdapter, seed: int = 1, size: float = 0.4) -> ControlAdapter:

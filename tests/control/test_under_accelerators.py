@@ -147,6 +147,48 @@ def test_identical_inputs_give_no_error_and_what_is_left_out_acts_on_nothing(
     assert spared > 0
 
 
+@pytest.mark.parametrize("method", EAGER, ids=str)
+def test_what_was_stored_beside_an_adapter_is_not_used_without_it(
+    tiny: Any, use: Use, method: Accelerator
+) -> None:
+    """Where every step has the same inputs there are two right answers: with the adapter inside its window, and without."""
+    given = {branch: tiny.given(seed=seed) for seed, branch in enumerate(BRANCHES)}
+    part = Use(use.adapter, use.condition, start=0.25, end=0.625)
+    with torch.no_grad():
+        plain = {branch: tiny.call(given[branch]) for branch in BRANCHES}
+        with controlled(tiny.model, use):
+            steered = {branch: tiny.call(given[branch]) for branch in BRANCHES}
+        assert all((plain[one] - steered[one]).norm() > 1e-3 * plain[one].norm() for one in BRANCHES)
+        with controlled(tiny.model, part, steps=STEPS), accelerated(tiny.model, method, steps=STEPS) as run:
+            for step, branch in itertools.product(range(STEPS), BRANCHES):
+                wanted = (steered if 2 <= step < 5 else plain)[branch]
+                error = (called(tiny, step, branch, given[branch]) - wanted).norm() / wanted.norm()
+                assert error < 3e-6, (step, branch, float(error))
+    report = run.report()
+    assert any("adapters changed" in note for note in report.notes)
+    assert any(set(cell["states"]) != {"C"} for cell in report.cells), "and steps are still spared"
+
+
+def test_a_doubled_batch_is_halved_with_what_belongs_to_its_pictures(tiny: Any, use: Use) -> None:
+    """Guidance in one call, of which the accelerator computes one half: each picture keeps its own time, condition and task."""
+    given = {name: torch.cat([x, x * 0.5]) for name, x in tiny.given(batch=2).items()}
+    adapter, condition = use.adapter, use.condition
+    if adapter.control.name == "diffscaler":
+        condition = ["two", "one"]
+    elif isinstance(condition, Tensor):
+        condition = tiny.condition(batch=2)
+    both = Use(adapter, condition)
+    time = torch.tensor([700.0, 300.0, 700.0, 300.0])
+    with torch.no_grad(), controlled(tiny.model, both, steps=STEPS):
+        exact = tiny.model(**given, timestep=time, return_dict=False)[0]
+        with accelerated(tiny.model, GuidanceSkip(**few), steps=STEPS) as run:
+            for step in range(STEPS):
+                announce(tiny.model, step=step, branch="uncond+cond")
+                found = tiny.model(**given, timestep=time, return_dict=False)[0]
+                assert (found - exact).norm() < 3e-6 * exact.norm(), step
+    assert run.report().reused > 0
+
+
 def test_a_block_that_is_reused_hears_nothing(tiny: Any, use: Use) -> None:
     """What an adapter does in a call shrinks with the blocks that are computed."""
     with torch.no_grad(), controlled(tiny.model, use, steps=STEPS) as run:

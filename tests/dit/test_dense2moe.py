@@ -185,6 +185,19 @@ def test_the_ledger_counts_what_is_activated(name: str) -> None:
     assert sparse.macs < dense.macs
 
 
+def test_flux_has_the_sizes_of_the_paper() -> None:
+    """11.9 billion parameters, 48.2 % of them in perceptrons, of which three eighths stay at work; told without any weights."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True)
+    maps = sum(2 * one.first.weight.numel() for one in perceptrons_of(model)[0])
+    assert maps / 1e6 == pytest.approx(5739, rel=0.01)
+    report = convert(model, "mixture", random_scores(model, 0))
+    assert report.parameters / 1e6 == pytest.approx(11_901, rel=0.01)
+    assert report.activated / 1e6 == pytest.approx(11_901 - 0.625 * 5739, rel=0.01)
+    assert {(one.shared, one.expert) for one in report.converted} == {(3072, 768)}
+    assert all(one.device.type == "meta" for one in model.parameters())
+
+
 def test_the_analytic_costs_of_a_converted_network_are_the_counted_ones() -> None:
     model = network("mmdit")
     convert(model, "mixture:active=3", random_scores(model, 0))

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -249,44 +248,3 @@ def test_two_ranks_of_torchrun_share_the_ledger(tmp_path: Path) -> None:
     with Folder(bench.output).ledger() as ledger:
         assert len({job.worker for job in ledger.jobs(batch=BATCH)}) == 2
     assert not list((bench.output / ".leapfrog").glob("ranks-*"))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore"
-)  # Ray's own processes and sockets, of which it leaves some to the garbage collector
-def test_a_ray_node_that_dies_costs_no_item(tiny: str, bench: Bench) -> None:
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install leapfrog-dit[ray]")
-    from ray.cluster_utils import Cluster
-
-    from pipelines._ray import RayEngine
-
-    prompts = [f"a red cat {i}" for i in range(16)]
-    planned = batch.plan(bench.manifest(*prompts), bench.output, defaults={"model": tiny, "steps": 30})
-    memory = 80 * 2**20
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "object_store_memory": memory, "include_dashboard": False},
-    )
-    node: Any = cluster.add_node(num_cpus=1, object_store_memory=memory)
-    nodes: set[str] = set()
-    try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-        engine = RayEngine()
-
-        def tell(counts: dict[str, int], _seconds: float) -> None:
-            nonlocal node
-            if engine.tasks:
-                nodes.update(ray.get(engine.board.look.remote())[0].values())
-            if counts["done"] >= 2 and len(nodes) == 2 and node is not None:
-                cluster.remove_node(node, allow_graceful=False)
-                node = None
-
-        outcome = batch.run(planned, engine=engine, tell=tell)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    assert node is None
-    assert outcome.counts["done"] == len(prompts)
-    whole(bench.output, len(prompts))
-    assert batch.verify(bench.output) == []

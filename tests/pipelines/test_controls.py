@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from PIL import Image
 from control.easycontrol import EasyControl
 from control.lora import LoRA
 from pipelines import catalog, cli, controls, machine
+from pipelines._jobs_keys import content_key
 from pipelines.generate import generate
 from pipelines.repro import repro
 from pipelines.request import Request, RequestError
@@ -178,11 +181,17 @@ def test_more_is_made_around_a_picture_that_stays_bit_for_bit(
     assert made[:, :8].std() > 1, "what was added is made, not only carried on from the border"
     (path,) = found.save(tmp_path / "made.png")
     assert repro(path, model=asked.model, image=named["image"]).verdict == "identical", "no mask to be named"
+    strange = asked.replace(image=named["image"], mask="outpaint:left=8", strength=1.0)
+    assert "have 32x24 px" in refused(strange, monkeypatch)
     for mask, words in (
-        ("outpaint:left=8", "have 32x24 px"), ("outpaint:", "above 0"), ("outpaint:lft=3", "did you mean 'left'"),
-        ("outpaint:top=-1", "top must be"),
+        ("outpaint:", "above 0"), ("outpaint:left=0,top=0", "above 0"), ("outpaint:lft=3", "did you mean 'left'"),
+        ("outpaint:top=-1", "top must be"), ("outpaint:left=1e9", "left must be"), ("outpaint:../mask.png", "left=.."),
     ):  # fmt: skip
-        assert words in refused(asked.replace(image=named["image"], mask=mask, strength=1.0), monkeypatch)
+        with pytest.raises(RequestError, match=re.escape(words)) as caught:
+            asked.replace(image=named["image"], mask=mask)
+        assert caught.value.field == "mask"
+    with pytest.raises(RequestError, match="a picture or a clip"):
+        asked.replace(clip="clip.mp4", mask="outpaint:left=8")
 
 
 def test_more_is_made_around_a_picture_by_pipelines_of_diffusers(folder_of: Folder, place: Path) -> None:
@@ -315,3 +324,40 @@ def test_a_models_own_adapters_are_listed_and_are_no_part_of_its_digest(
         controls.preview("cany", place / "pic.png")
     with pytest.raises(RequestError, match="readable"):
         controls.preview("canny", place / "none.png")
+
+
+def test_what_is_kept_of_a_picture_may_take_less_room(
+    place: Path, asked: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EasyControl's keys and values in 8 bits, or in main memory: said in the request, done, told, and repeated by it."""
+    control = f"edges={place}/pic.png:1"
+    exact, small, moved = (
+        generate(asked.replace(controls=(f"{control}{more}",))) for more in ("", ",storage=fp8", ",place=cpu")
+    )
+    told = [one.report["steering"]["bytes"] for one in (exact, small, moved)]
+    assert told[0] == told[2] > 0
+    assert told[0] / 4 <= told[1] < told[0] / 2, "of float32, with a scale of each head"
+    assert moved.report["pixels"] == exact.report["pixels"] != small.report["pixels"]
+    made, near = (np.asarray(one.images[0]).astype(float) for one in (exact, small))
+    plain = np.asarray(generate(asked).images[0]).astype(float)
+    assert np.abs(near - made).mean() < 0.5 * np.abs(plain - made).mean()
+    again = Request.from_dict(json.loads(json.dumps(small.request.to_dict())))
+    assert generate(again).report["pixels"] == small.report["pixels"]
+    assert refused(asked.replace(controls=(f"rela={place}/pic.png:1,storage=fp8",)), monkeypatch).count(
+        "keeps no keys"
+    )
+    with pytest.raises(RequestError, match="of one storage and place"):
+        asked.replace(controls=(f"{control},storage=fp8", f"small={place}/pic.png"))
+    with pytest.raises(RequestError, match="exact, fp8"):
+        asked.replace(controls=(f"{control},storage=int4",))
+
+
+def test_keys_of_requests_from_before_there_was_a_storage_stay_theirs(place: Path, asked: Request) -> None:
+    values = asked.replace(controls=(f"edges={place}/pic.png:1",)).to_dict()
+    older = {key: one for key, one in values["controls"][0].items() if key not in ("storage", "place")}
+    whole = content_key(values, {})
+    assert content_key(values | {"controls": [older]}, {}) == whole
+    text = {name: one for name, one in values.items() if name != "metadata"} | {"controls": [older]}
+    shown = json.dumps(text, sort_keys=True, separators=(",", ":"))
+    assert whole == f"sha256:{hashlib.sha256(shown.encode()).hexdigest()}", "as it was made then"
+    assert content_key(values | {"controls": [older | {"storage": "fp8"}]}, {}) != whole

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from control.diffscaler import DiffScaler
 from control.easycontrol import EasyControl
 from control.lora import LoRA
 from pipelines import catalog
+from pipelines._planning import plan
 from pipelines._steering_files import sketch
 from pipelines.generate import generate
+from pipelines.manifest import ManifestError
 from pipelines.request import Request, RequestError
 
 _place = importlib.util.spec_from_file_location("steered", Path(__file__).with_name("steered.py"))
@@ -132,3 +136,30 @@ def test_a_changed_file_is_read_again(place: Path, asked: Request, tmp_path: Pat
         shutil.copy(place / f"{name}.safetensors", path)
         found.append(pixels(asked.replace(loras=(str(path),))))
     assert found[0] == found[2] != found[1]
+
+
+def test_a_manifest_names_adapters_that_do_not_fit_before_anything_is_made(
+    place: Path, folder_of: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What `generate` would refuse in the middle of a batch is told with its line, however many rows name it."""
+    for name in ("pic.png", "style.safetensors"):
+        shutil.copy(place / name, tmp_path / name)
+    flux = catalog.load(str(folder_of("flux"))).pipeline.transformer
+    written(LoRA(rank=2), tmp_path / "flux.safetensors", flux)
+    torch.save({"a": torch.zeros(2)}, tmp_path / "old.safetensors")
+    rows: list[dict[str, Any]] = [
+        {"lora": "style.safetensors:0.5"}, {"lora": "flux.safetensors:0.5"}, {"lora": "flux.safetensors:0.7"},
+        {"lora": "flux.safetensors:0"},  # off: it is not opened
+        {"control": "edges=pic.png:0.8"}, {"control": "style.safetensors=pic.png"}, {"control": "edge=pic.png"},
+        {"lora": "old.safetensors"},
+    ]  # fmt: skip
+    shared = {"prompt": "a red cat", "model": str(place / "model"), "steps": 4, "width": 32, "height": 32}
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(shared | row) + "\n" for row in rows))
+    monkeypatch.setattr(catalog, "load_folder", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ManifestError) as caught:
+        plan(manifest, tmp_path / "out")
+    found = [(one.line, one.field) for one in caught.value.problems]
+    assert found == [(2, "loras"), (3, "loras"), (6, "controls"), (7, "controls"), (8, "loras")]
+    for words in ("is for FluxTransformer2DModel", "@CONDITION or raw=true", "did you mean 'edges'", "pickle"):
+        assert words in str(caught.value)

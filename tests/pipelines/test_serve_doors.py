@@ -1,4 +1,4 @@
-"""One request through every door gives one picture; a whole server in its own process; and requests made by chance."""
+"""A whole server in its own process, and requests made by chance. That every door gives one picture stands in `test_doors`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -26,12 +25,10 @@ from pipelines import _serving, cli
 from pipelines._attack_parts import Caller, chunk, picture
 from pipelines._serve_images import FIELDS
 from pipelines.catalog import Card
-from pipelines.generate import generate
 from pipelines.guard import Keys
 from pipelines.jobs import Ledger
 from pipelines.request import Request, RequestError, settings
 from pipelines.serve import http_app
-from pipelines.workers import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "k" * 32
@@ -42,83 +39,6 @@ BOUNDED = hypothesis_settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-
-
-# The same pixels
-
-
-def chance(seed: int) -> dict[str, Any]:
-    """Return a random legal request for the tiny model."""
-    draw = random.Random(seed)
-    methods = [[], ["delta-cache:interval=2"], ["taylor-cache"]]
-    return {
-        "prompt": " ".join(draw.choices(["a", "red", "green", "cat", "dog", "house"], k=draw.randint(1, 6))),
-        "seed": draw.randrange(2**53),
-        "steps": draw.randint(2, 4),
-        "width": draw.choice([32, 64]),
-        "height": draw.choice([32, 64]),
-        "guidance": draw.choice([1.0, 2.5, 4.0]),
-        "scheduler": draw.choice(["default", "euler", "heun"]),
-        "accelerators": draw.choice(methods),
-    }
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_python_command_line_and_http_give_the_same_pixels(
-    tiny: str, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = chance(seed) | {"model": tiny}
-    wanted = generate(Request.from_dict(values)).pictures[0].report["pixels"]
-    flags = [
-        f"--{name}={values[name]}"
-        for name in ("seed", "steps", "width", "height", "guidance", "scheduler", "model")
-    ]
-    flags += [f"--accelerate={one}" for one in values["accelerators"]]
-    assert (
-        cli.main(["generate", values["prompt"], *flags, "--output", str(tmp_path / "cli.png"), "--json"])
-        == cli.DONE
-    )
-    told = json.loads(capsys.readouterr().out)
-    assert told["report"]["pixels"] in (wanted, [wanted])
-
-    cards, places = _serving.served_models([tiny])
-    (name,) = cards
-    assert places == {name: tiny}
-    ledger = Ledger(tmp_path / "jobs.sqlite")
-    app = http_app(
-        ledger, folder=tmp_path / "out", uploads=tmp_path / "up", models=cards, places=places, keys=Keys({TOKEN: "me"})
-    )  # fmt: skip
-    call = Caller(app, TOKEN)
-    kind = [("content-type", "application/json")]
-    made = call("POST", "/v1/jobs", json.dumps(values | {"model": name}).encode(), kind)
-    assert made.status == 202, made.body
-    form = {key: values[key] for key in ("prompt",)} | {
-        "model": name,
-        "size": f"{values['width']}x{values['height']}",
-    }
-    form["leapfrog"] = {
-        key: one for key, one in values.items() if key not in ("prompt", "model", "width", "height")
-    }
-    worker = threading.Thread(target=Worker(ledger, pause=0.02).run, kwargs={"until_empty": True})
-    answers: list[Any] = []
-    asking = threading.Thread(
-        target=lambda: answers.append(call("POST", "/v1/images/generations", json.dumps(form).encode(), kind))
-    )
-    asking.start()
-    while len(ledger.jobs()) < 2:
-        time.sleep(0.01)
-    worker.start()
-    worker.join()
-    asking.join()
-    job = json.loads(call("GET", f"/v1/jobs/{json.loads(made.body)['id']}").body)
-    assert (job["state"], job["pixels"], job["request"]["model"]) == ("done", wanted, name), job["error"]
-    assert str(tmp_path) not in json.dumps(job)
-    assert tiny not in json.dumps(job)
-    assert json.loads(answers[0].body)["leapfrog"]["jobs"][0]["pixels"] == wanted
-    file = call("GET", job["files"][0]["url"]).body
-    (tmp_path / "http.png").write_bytes(file)
-    assert Request.from_file(tmp_path / "http.png") == Request.from_file(tmp_path / "cli.png")
-    ledger.close()
 
 
 # A whole server

@@ -209,3 +209,33 @@ def test_two_workers_in_one_process_do_not_meet(ledger: Ledger, tmp_path: Path) 
         one.join()
     check_whole(ledger, tmp_path / "out", 20)
     assert {job.tries for job in ledger.jobs()} == {1}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux to tell folders from files")
+def test_bytes_and_names_last_before_a_job_counts_as_done(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order that a loss of power cannot break, and no more synchronisations than it needs."""
+    told: list[str] = []
+    sync, replace, writing, out = os.fsync, os.replace, ledger._store.writing, tmp_path / "out"
+    (job,) = ledger.add(items(out, 1))
+
+    def fsync(handle: int) -> None:
+        told.append("names" if os.path.isdir(f"/proc/self/fd/{handle}") else "bytes")
+        sync(handle)
+
+    def renamed(old: Any, new: Any) -> None:
+        if Path(new).parent == out:
+            told.append(f"appears {Path(new).suffix}")
+        replace(old, new)
+
+    def written(*, durable: bool = True) -> Any:
+        told.extend(["lasting commit"] if durable else [])
+        return writing(durable=durable)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("os.replace", renamed)
+    monkeypatch.setattr(ledger._store, "writing", written)
+    Worker(ledger, make=drawn, batch="b").run(until_empty=True)
+    assert told == ["bytes", "bytes", "lasting commit", "appears .json", "appears .png", "names"]
+    assert job_of(ledger, job.name).state == "done"

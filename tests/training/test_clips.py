@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 from collections.abc import Sequence
@@ -190,6 +191,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         },
         "codec": {"scale": 4},
         "objective": {"mean": 0.5, "std": 1.2, "floor": 0.05},
+        "sampling": {"shift": 5.0},
         "optimizer": {
             "name": "muon", "rate": 3e-3, "matrix_rate": 5e-3, "decay": 0.01, "clip": 1.0, "ema": 0.9, "warmup": 3,
             "cooldown": 0.5,
@@ -296,6 +298,8 @@ def test_a_shipped_clip_model_goes_through_the_door(
     network.save_pretrained(tmp_path / "transformer")
     ResampleCodec(width=8, depth=1).save_pretrained(tmp_path / "codec")
     ship_motion.ship(recipe, tmp_path / "transformer", tmp_path / "codec", tmp_path / "motion")
+    told = json.loads((tmp_path / "motion" / "scheduler" / "scheduler_config.json").read_text())
+    assert told["shift"] == 5.0, "clips are sampled where they were trained"
     files = list((tmp_path / "motion").rglob("*.safetensors"))
     assert {file.parent.name for file in files} == {"transformer", "codec"}
     with safe_open(files[0], "pt") as opened:

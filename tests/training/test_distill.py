@@ -257,3 +257,27 @@ def test_the_command_line_distils(
     distill.main()
     assert json.loads((tmp_path / "run" / "progress.json").read_text())["seen"] == 80
     assert groups_of(load_converted(tmp_path / "run" / "transformer"))
+
+
+def test_a_linear_student_starts_fitted_and_is_not_fitted_again(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe["student"] = {"make": "inherit", "mixer": "linear:heads=2,kernel=3", "load": "qkvo"}
+    recipe["stage"] = [{"share": 1.0, "loss": {"features": 0.0}}]
+    kernels = [
+        one
+        for name, one in begun(recipe, tmp_path / "plain").model.named_parameters()
+        if ".conv.weight" in name
+    ]
+    assert not any(one.any() for one in kernels)
+    recipe["student"]["fit"] = 3
+    trainer = begun(recipe, tmp_path / "fitted")
+    kernels = [one for name, one in trainer.model.named_parameters() if ".conv.weight" in name]
+    assert len(kernels) == 4
+    assert all(one.any() for one in kernels)
+    trainer.step()
+    trainer.save()
+    monkeypatch.setattr(Distiller, "fit", lambda *_: pytest.fail("fitted again"))
+    again = begun(recipe, tmp_path / "fitted")
+    for (name, one), other in zip(trainer.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name

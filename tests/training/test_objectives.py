@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from training.objectives import FlowMatching, euler
@@ -84,5 +85,10 @@ def test_euler_goes_down_from_1_and_never_asks_at_0() -> None:
 
     found = euler(denoiser, torch.ones(2, 1, 1, 1), 4)
     assert asked == [1.0, 0.75, 0.5, 0.25]
+    asked.clear()
+    euler(denoiser, torch.ones(2, 1, 1, 1), 4, shift=3.0)
+    known = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    known.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert asked == pytest.approx(known.sigmas[:-1].tolist())
     assert found.flatten().tolist() == pytest.approx([1.25**4] * 2)
     assert math.isclose(float(euler(denoiser, torch.ones(2, 1, 1, 1), 1000)[0]), math.e, rel_tol=1e-2)

@@ -1,0 +1,108 @@
+"""Beside a clip: its frames in order and its scenes as long as they are; no markup of a caption gets through."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import app_clips
+import app_form
+import app_given
+import app_tasks
+from pipelines.catalog import Card
+from pipelines.request import Request, RequestError
+from pipelines.video_files import encode
+
+
+def frames(count: int) -> list[Image.Image]:
+    return [Image.fromarray(np.full((48, 32, 3), 12 * place, np.uint8)) for place in range(count)]
+
+
+def asked(prompts: str, scene_frames: str | None = None) -> Request:
+    return Request(model="none", prompts=prompts, scene_frames=scene_frames)
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif"])
+def test_the_strip_has_first_and_last_frame_and_even_steps_between(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"clip{ending}"
+    path.write_bytes(encode(frames(15), ending, 8, "{}"))
+    told = app_clips.strip(path)
+    assert re.findall(r'alt="Frame (\d+)"', told) == ["0", "2", "4", "6", "8", "10", "12", "14"]
+    shown = [Image.open(io.BytesIO(base64.b64decode(one))) for one in re.findall(r"base64,([^\"]+)", told)]
+    assert {one.size for one in shown} == {(48, 72)}
+    grey = [float(np.asarray(one).mean()) for one in shown]
+    assert grey == pytest.approx([24 * place for place in range(8)], abs=6)
+
+
+def test_a_file_that_has_changed_is_read_again_and_one_that_has_gone_is_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "clip.gif"
+    path.write_bytes(encode(frames(3), ".gif", 8, "{}"))
+    assert len(re.findall("<img", app_clips.strip(path))) == 3
+    path.write_bytes(b"GIF89a and no more")
+    assert app_clips.strip(path) == ""
+    path.unlink()
+    assert app_clips.strip(path) == ""
+
+
+def test_scenes_are_as_long_as_they_are() -> None:
+    assert app_clips.parts(asked("a | b | c"), 24) == [(0, 8, "a"), (8, 16, "b"), (16, 24, "c")]
+    assert app_clips.parts(asked("0: a | 5: b"), 12) == [(0, 5, "a"), (5, 12, "b")]
+    assert app_clips.parts(asked("a | b", "3,6"), 9) == [(0, 3, "a"), (3, 9, "b")]
+    assert app_clips.parts(asked("a | b", "4"), 8) == [(0, 4, "a"), (4, 8, "b")]
+    told = app_clips.scenes(asked("a | b", "3,6"), 9)
+    assert re.findall(r"flex:(\d+) ", told) == ["3", "6"]
+    assert "<b>3–8</b> b" in told
+
+
+def test_one_caption_needs_no_scenes_and_a_picture_no_strip(tmp_path: Path) -> None:
+    assert app_clips.scenes(Request(model="none", prompt="a"), 9) == ""
+    assert app_clips.beside(asked("a | b"), tmp_path / "none.png", 1) == ""
+
+
+def test_captions_are_told_as_text() -> None:
+    told = app_clips.scenes(asked('<img src=x> | "><script>b'), 4)
+    assert "<img" not in told
+    assert "<script" not in told
+
+
+def card(pipeline: str = "TextToVideoPipeline", task: str = "text-to-video") -> Card:
+    return Card(
+        name="none", title="None", task=task, pipeline=pipeline, width=64, height=64, more={"frames": 16}
+    )
+
+
+def form_says(values: dict[str, Any], model: Card) -> Request:
+    more = app_given.fields_of(values, model, str)  # type: ignore[arg-type]  # no file is kept
+    return app_form.request_of(values, {}, more=more)
+
+
+def test_a_story_goes_from_the_form_to_its_request_and_back() -> None:
+    model = card()
+    values = app_form.values_of(Request(model="none", prompt="-", seed=3), model, {}) | {
+        "task": "story", "prompt": "a red ball | a blue box", "frames": 24, "profile": "",
+    }  # fmt: skip
+    request = form_says(values, model)
+    assert (request.prompts, request.prompt, request.frames) == ("a red ball | a blue box", "", 24)
+    again = app_form.values_of(request, model, {})
+    assert (again["task"], again["prompt"]) == ("story", "a red ball | a blue box")
+    assert form_says(again, model) == request
+    plain = form_says(values | {"task": "clip"}, model)
+    assert (plain.prompts, plain.prompt) == (None, "a red ball | a blue box")
+    with pytest.raises(RequestError, match="prompt"):
+        form_says(values | {"prompt": "a red ball | "}, model)
+
+
+def test_stories_are_for_models_that_hear_more_than_one_caption() -> None:
+    assert not app_tasks.possible(card())["story"]
+    assert not app_tasks.possible(card("StoryToVideoPipeline"))["story"]
+    assert "one caption" in app_tasks.possible(card("WanPipeline"))["story"]
+    assert "still pictures" in app_tasks.possible(card("TextToImagePipeline", "text-to-image"))["story"]
+    request = Request(model="none", prompts="a | b")
+    assert app_tasks.task_of(request, card("WanPipeline")) == "clip"
