@@ -95,7 +95,8 @@ class TextToImagePipeline(GuidedPipeline, SanaLoraLoaderMixin):
             inputs["encoder_attention_mask"] = found.mask
         if self.transformer.config.get("pooled_dim"):
             inputs["pooled_projections"] = found.pooled
-        inputs = {name: value.to(self._execution_device) for name, value in inputs.items()}
+        device = self._execution_device  # asks every component, each time
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         if not self.do_classifier_free_guidance:
             return {"cond": inputs}
         return {
