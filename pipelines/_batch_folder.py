@@ -120,8 +120,12 @@ class Folder:
             found = json.loads(path.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, RecursionError) as error:
-            raise RequestError("folder", str(path), f"readable ({error})") from None
+        except NotADirectoryError:
+            raise RequestError("folder", str(self.output), "a folder: a file is in its place") from None
+        except OSError as error:
+            raise RequestError("folder", str(path), f"readable ({error.strerror})") from None
+        except (ValueError, RecursionError):
+            raise RequestError("folder", str(path), "the whole note of a batch: it is damaged") from None
         if not isinstance(found, dict) or found.get("version") != VERSION or found.get("format") not in FORMS:
             raise RequestError(
                 "folder",

@@ -220,7 +220,10 @@ def _read(kind: type[Steering], value: Any) -> Steering:
     except ValueError as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(kind.field, value, f"{kind.allowed} ({error})") from None
+        form = (
+            "made of settings that work" if isinstance(value, str) else kind.allowed
+        )  # a text of another form is told above
+        raise RequestError(kind.field, value, f"{form} ({error})") from None
     raise RequestError(kind.field, value, kind.allowed)
 
 

@@ -9,6 +9,10 @@ from typing import Any
 from pipelines._kept import Latents
 from pipelines.request import RequestError
 
+OTHERS = (
+    ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".apng", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg",
+)  # fmt: skip
+"""Endings of pictures and clips that are not written: a file would be called otherwise than it was asked for."""
 AGAIN = {"last_image": "the last picture", "clip": "the given clip"}
 
 
@@ -22,6 +26,18 @@ def add_output(one: argparse.ArgumentParser) -> None:
         "--latents", metavar="FOLDER", help="keep latents here until the result is saved: after a failed decode the same command"
         " decodes them and denoises nothing",
     )  # fmt: skip
+
+
+def output(options: argparse.Namespace) -> Path | None:
+    """Return where a result is to be saved, if it was said. Raises: RequestError for a format that is not written."""
+    if not options.output:
+        return None
+    path = Path(options.output).expanduser()
+    if path.suffix.lower() in OTHERS and not path.is_dir():
+        raise RequestError(
+            "output", str(path), "a file that ends in .png, for clips also .mp4, .gif or .frames"
+        )
+    return path
 
 
 def kept(options: argparse.Namespace) -> Latents:

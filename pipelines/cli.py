@@ -95,7 +95,7 @@ def _generate(options: argparse.Namespace) -> int:
         return _dry_run(options, request)
     from pipelines.generate import generate
 
-    target, keep = _target(options), _clipping.kept(options)
+    target, keep = _target(options, request), _clipping.kept(options)
     with progress(options) as on_step:
         result = generate(request, on_step=on_step, keep=keep)
     if not ranks.saves():
@@ -167,12 +167,12 @@ def _dry_run(options: argparse.Namespace, request: Request) -> int:
     return DONE
 
 
-def _target(options: argparse.Namespace) -> Path | None:
+def _target(options: argparse.Namespace, request: Request) -> Path | None:
     """Return where to save, after checking before any work that saving there can succeed."""
     from pipelines.result import check_target
 
-    path = Path(options.output).expanduser() if options.output else None
-    check_target(path, overwrite=options.overwrite)
+    path = _clipping.output(options)
+    check_target(path, overwrite=options.overwrite, pictures=request.images * (request.panels or 1))
     return path
 
 
@@ -276,8 +276,7 @@ class _Parser(argparse.ArgumentParser):
     """Bad options are bad input: exit code 1."""
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; {self.prog} --help shows what there is\n")
 
 
 class _Version(argparse.Action):

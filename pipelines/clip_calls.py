@@ -156,8 +156,9 @@ def _windows(
         for start, end, text in segments:
             if not any(start <= new < end for new in news):
                 raise RequestError(
-                    "prompts", text, f"one that a window hears: the windows begin anew at the frames {news}; this one is"
-                    f" for {start} to {end - 1}",
+                    "prompts", text, f"heard by a window: windows of {window} frames hear the prompts at the frames"
+                    f" {', '.join(map(str, news))}, and this one is for {start} to {end - 1}; give fewer prompts, more frames,"
+                    " or a shorter window",
                 )  # fmt: skip
         found["prompt"] = segments
     return found
@@ -190,7 +191,12 @@ def _task(pipeline: Any, request: Request, inputs: Inputs, frames: int) -> Any:
         box = (top, left, bottom, right)
     keyframes = () if request.keyframes is None else tuple(_numbers_of_frames(request.keyframes))
     return Task(
-        name=request.task, given=request.given, every=request.every or 4, keyframes=keyframes, box=box
+        name=request.task,
+        given=request.given,
+        every=request.every or 4,
+        keyframes=keyframes,
+        box=box,
+        scale=scale,
     )
 
 

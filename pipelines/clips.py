@@ -29,6 +29,8 @@ class Task:
     every: int = 4
     keyframes: Sequence[int] = ()
     box: tuple[int, int, int, int] | None = None
+    scale: int = 1
+    """Pixels of a latent pixel, to tell a box as it was given."""
 
     def of(self, frames: int, height: int, width: int, shown: int | None) -> Tensor:
         """Return the mask [F, H, W] at latent size, 1 where something is generated, when `shown` frames came (None: none).
@@ -40,7 +42,11 @@ class Task:
         name, given, keyframes = self.name, self.given, self.keyframes
         if name is None:
             if shown == frames:
-                raise RequestError("task", None, f"one of {', '.join(TASKS)}, or a mask: all frames came")
+                raise RequestError(
+                    "task",
+                    None,
+                    f"one of {', '.join(TASKS)}, or a mask given: all frames came, so nothing is left to make",
+                )
             name = "unconditional" if shown is None else "predict"
         if (shown is None) != (name == "unconditional"):
             what = "left out" if name == "unconditional" else "a clip or frames"
@@ -52,7 +58,26 @@ class Task:
                 name, frames, height, width, given=given, every=self.every, keyframes=keyframes, box=self.box
             )
         except ValueError as error:
-            raise RequestError("task", name, str(error)) from None
+            raise self._unfit(name, given, height, width, str(error).removeprefix(f"{name}: ")) from None
+
+    def _unfit(self, name: str, given: int | None, height: int, width: int, words: str) -> RequestError:
+        """Return the error that names the setting by which a task does not fit."""
+        if name == "region":
+            top, left, bottom, right = (one * self.scale for one in self.box or (0, 0, 0, 0))
+            inside = f"{width * self.scale} x {height * self.scale} px"
+            allowed = f"left,top,right,bottom inside {inside}, left before right, top before bottom, and not all of it"
+            return RequestError("region", f"{left},{top},{right},{bottom}", allowed)
+        if name in ("predict", "backward"):
+            return RequestError(
+                "given", given, f"one that leaves something given and something to make ({words})"
+            )
+        if name == "interpolate":
+            return RequestError("every", self.every, f"one that leaves something to make ({words})")
+        if name in ("keyframes", "image"):
+            return RequestError(
+                "keyframes", ",".join(map(str, self.keyframes)), f"frames of the clip ({words})"
+            )
+        return RequestError("task", name, words)
 
     def _own(self, frames: int, height: int, width: int, shown: int | None) -> Tensor:
         mask = torch.as_tensor(

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import catalog, machine
+from pipelines._clipping import OTHERS
 from pipelines.metadata import FRAMES_JSON, read_metadata
 from pipelines.request import RequestError
 from pipelines.result import SaveError, check_target
 from pipelines.safe import Header, ModelError, check_folder, check_weights, components, weight_files
 from pipelines.video_files import FORMATS
+
+STRANGE = (".txt", ".md", ".csv", ".jsonl", ".toml", ".yaml", ".yml", ".py", ".svg", ".pdf", *OTHERS)
+"""Endings of files that are neither ours nor weights."""
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -23,11 +27,14 @@ def inspect(path: Path) -> dict[str, Any]:
         RequestError: nothing there, or nothing known; ModelError: weights that would be refused.
     """
     if path.is_dir():
-        return {"kind": "picture"} | read_metadata(path) if (path / FRAMES_JSON).exists() else _folder(path)
+        return _made(path) if (path / FRAMES_JSON).exists() else _folder(path)
     if not path.exists():
         raise RequestError("file", str(path), "a file or a folder that exists")
     if path.suffix.lower() in (".json", *FORMATS):
-        return {"kind": "picture"} | read_metadata(path)
+        return _made(path)
+    if path.suffix.lower() in STRANGE:
+        allowed = "a picture, clip or JSON file made by leapfrog, a .safetensors file, or a model folder"
+        raise RequestError("file", str(path), allowed)
     from pipelines.controls import described
 
     found = {"kind": "weights", "file": str(path)} | _weights(check_weights(path))
@@ -61,6 +68,14 @@ def examine(folder: Path) -> dict[str, Any]:
     free = round(shutil.disk_usage(folder).free / 1e9, 1)
     known = machine.environment() | {"text_encoder": encoder, "models": models, "disk_free_gb": free}
     return known | {"problems": problems or []}
+
+
+def _made(path: Path) -> dict[str, Any]:
+    found = read_metadata(path)
+    frames = (
+        found["report"].get("effective", {}).get("frames") if isinstance(found.get("report"), dict) else None
+    )
+    return {"kind": "clip" if isinstance(frames, int) and frames > 1 else "picture"} | found
 
 
 def _folder(path: Path) -> dict[str, Any]:

@@ -138,7 +138,8 @@ def _confirmed(request: Request, was: dict[str, Any], model: str | None, image: 
         raise RequestError(
             "model",
             request.model,
-            "shipped, or confirmed by you with --model: a file cannot choose what is opened",
+            "shipped, or confirmed by you with --model (a folder: --model FOLDER, with the path to it;"
+            " a hub id: --model ID): a file cannot choose what is opened",
         )
     if request.profile is not None:  # ours hold what a profile stood for, not its name
         raise RequestError("profile", request.profile, "left out: a file cannot choose what is opened")

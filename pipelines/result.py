@@ -137,7 +137,9 @@ class Result:
         """Whether every picture holds something: no NaN, not one colour all over."""
         return not self.report.get("failures")
 
-    def save(self, path: str | Path | None = None, *, overwrite: bool = False, draft: bool = False) -> list[Path]:
+    def save(
+        self, path: str | Path | None = None, *, overwrite: bool = False, draft: bool = False
+    ) -> list[Path]:
         """Save every picture as PNG with a JSON file of the same name beside it, unless its request asks for no metadata.
 
         Args:
@@ -177,10 +179,15 @@ class Result:
             for picture in self.pictures:
                 found.append(_free(path or Path(), f"{_slug(picture.request)}-{picture.request.seed}", found))
             return found
-        path = path if path.suffix.lower() in FORMATS else path.with_name(path.name + ".png")
-        if len(self.pictures) == 1:
-            return [path]
-        return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(len(self.pictures))]
+        return _named(path, len(self.pictures))
+
+
+def _named(path: Path, pictures: int) -> list[Path]:
+    """Return the files of so many pictures under one name."""
+    path = path if path.suffix.lower() in FORMATS else path.with_name(path.name + ".png")
+    if pictures == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(pictures)]
 
 
 def write_file(path: Path, data: bytes, *, overwrite: bool = False, draft: bool = False) -> None:
@@ -199,7 +206,9 @@ def write_file(path: Path, data: bytes, *, overwrite: bool = False, draft: bool 
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())  # the bytes: a name that outlives a loss of power must not be that of a torn file
+                os.fsync(
+                    file.fileno()
+                )  # the bytes: a name that outlives a loss of power must not be that of a torn file
             _publish(other, path, overwrite)
         finally:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -210,7 +219,9 @@ def write_file(path: Path, data: bytes, *, overwrite: bool = False, draft: bool 
         raise SaveError(path, error) from error
 
 
-def write_folder(path: Path, files: dict[str, bytes], *, overwrite: bool = False, draft: bool = False) -> None:
+def write_folder(
+    path: Path, files: dict[str, bytes], *, overwrite: bool = False, draft: bool = False
+) -> None:
     """Write a folder of files so that it is whole or not there; one to be replaced must hold nothing else than such files.
 
     Args:
@@ -303,8 +314,8 @@ def _free(folder: Path, stem: str, taken: list[Path]) -> Path:
     raise SaveError(folder / f"{stem}.png", FileExistsError(errno.EEXIST, "all numbers are taken"))
 
 
-def check_target(path: Path | None, *, overwrite: bool = False) -> None:
-    """Check before the work that a result can be saved at `path` (a file, a folder, None for the current one).
+def check_target(path: Path | None, *, overwrite: bool = False, pictures: int = 1) -> None:
+    """Check before the work that so many pictures can be saved at `path` (a file, a folder, None for the current one).
 
     Raises:
         SaveError: the file is there already, or nothing can be written in its folder.
@@ -312,8 +323,8 @@ def check_target(path: Path | None, *, overwrite: bool = False) -> None:
     path = Path() if path is None else path
     inside = path.is_dir() and path.suffix.lower() not in FORMATS
     folder = path if inside else path.parent
-    if not inside and not overwrite:
-        for one in (path, path.with_suffix(".json")):
+    for target in () if inside or overwrite else _named(path, pictures):
+        for one in (target, target.with_suffix(".json")):
             if one.exists():
                 raise SaveError(one, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
     trial = folder / f".leapfrog-{os.getpid()}-{secrets.token_hex(4)}.part"
