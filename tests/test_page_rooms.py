@@ -18,7 +18,6 @@ assert _spec.loader is not None
 page_fixtures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(page_fixtures)
 model, served, browser, tab = (getattr(page_fixtures, name) for name in ("model", "served", "browser", "tab"))
-answered = page_fixtures.answered
 expect = playwright.expect
 pytestmark = page_fixtures.pytestmark
 
@@ -93,7 +92,7 @@ def test_what_a_person_has_set_in_the_viewer_stays_until_another_pair_is_chosen(
         expect(tab.locator("#picture img")).to_have_attribute("alt", words)
     tab.get_by_role("tab", name="Compare", exact=True).click()
     choose(tab, "a", "a dog · 6")
-    answered(tab, lambda: choose(tab, "b", "dog a · 6"))
+    choose(tab, "b", "dog a · 6")
     viewer, panes = tab.locator(".viewer"), tab.locator(".viewer .panes")
     expect(tab.locator("#compare-numbers")).to_contain_text("PSNR")
     tab.locator(".viewer .wipe").fill("20")
@@ -106,7 +105,8 @@ def test_what_a_person_has_set_in_the_viewer_stays_until_another_pair_is_chosen(
         tab.keyboard.press("Escape")
         panes.focus()
 
-    answered(tab, left)
+    left()
+    tab.wait_for_timeout(2000)  # for an answer that would begin anew; that one is asked for is not certain
     expect(viewer).to_have_attribute("data-mode", "flicker")
     expect(viewer).to_have_attribute("data-shown", "b")
     expect(viewer).to_have_attribute("style", re.compile(r"--split: 20%.*--zoom: 1\.5"))
