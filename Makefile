@@ -7,7 +7,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo app test test-slow lint format train-emoji figures gpu clean
+.PHONY: help demo app test test-slow fuzz lint format train-emoji figures gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: $(VENV)/.installed-dev ## lint, types and tests; a finding of one does not
 
 test-slow: $(VENV)/.installed-dev ## the tests that take half a minute and more each
 	$(PY) -m pytest -q -m slow
+
+fuzz: $(VENV)/.installed-dev ## the tests with made-up inputs, with new ones (make test takes the same each time)
+	$(PY) -m pytest -q --hypothesis-profile=default $$(grep -rl "@given" tests)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy alone
 	$(PY) -m ruff check .

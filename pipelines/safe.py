@@ -253,6 +253,8 @@ def _parsed(path: Path, raw: bytes, size: int) -> Header:
     metadata = found.pop("__metadata__", {}) if isinstance(found, dict) else None
     if not isinstance(found, dict) or not isinstance(metadata, dict):
         raise _broken(path, "its header is not a dictionary of tensors")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "its metadata holds something that is not text")
     if len(found) > TENSOR_LIMIT:
         raise _broken(path, f"it lists {len(found)} tensors, allowed are {TENSOR_LIMIT}")
     tensors = {name: _tensor(path, name, entry) for name, entry in found.items()}
@@ -265,9 +267,7 @@ def _parsed(path: Path, raw: bytes, size: int) -> Header:
         raise _broken(
             path, f"its tensors need {end} bytes and the file holds {size - 8 - len(raw)}; download it again"
         )
-    return Header(
-        tensors=tensors, metadata={str(k): str(v) for k, v in metadata.items()}, length=len(raw), size=size
-    )
+    return Header(tensors=tensors, metadata=metadata, length=len(raw), size=size)
 
 
 def _tensor(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:

@@ -298,7 +298,7 @@ def test_a_signal_stops_the_run_and_a_second_one_at_once(
             process.stdout.readline()
             process.stdout.readline()
             process.send_signal(number)
-        left, words = process.communicate(timeout=60)
+        left, words = process.communicate(timeout=300)
     assert process.returncode == code
     assert left.count("step") < 1500, "it did not run to its end"
     assert "Traceback" not in words

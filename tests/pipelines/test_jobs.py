@@ -374,7 +374,7 @@ def test_several_processes_get_every_item_exactly_once(tmp_path: Path) -> None:
         assert one.stdin is not None
         one.stdin.write("\n")
         one.stdin.flush()
-    taken = [worker.communicate(timeout=60)[0].split() for worker in workers]
+    taken = [worker.communicate(timeout=300)[0].split() for worker in workers]
     assert sorted(name for names in taken for name in names) == sorted(names)
     assert ledger.counts()["done"] == 60
 

@@ -36,7 +36,6 @@ BOUNDED = hypothesis_settings(
     max_examples=50,
     deadline=None,
     database=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
 

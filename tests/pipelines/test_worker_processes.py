@@ -41,13 +41,13 @@ def test_a_worker_process_with_a_file_size_limit_ends_with_its_code(
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 
     ran = process(ledger, "--until-empty", preexec_fn=limit, stderr=subprocess.PIPE, text=True)
-    _, told = ran.communicate(timeout=60)
+    _, told = ran.communicate(timeout=300)
     assert ran.returncode == 4
     assert "make room and start again" in told
     assert not list(out.rglob("*.png")) if out.exists() else True
     assert ledger.counts()["done"] == 0
     ledger._set("state = 'running'", [], {"deadline": 0.0})
-    assert process(ledger, "--until-empty").wait(timeout=60) == 0
+    assert process(ledger, "--until-empty").wait(timeout=300) == 0
     check_whole(ledger, out, 2)
 
 
@@ -139,13 +139,13 @@ def test_a_worker_ends_when_its_pool_is_gone(ledger: Ledger, fake: Path) -> None
     ran = process(ledger, "--follow", stdin=subprocess.PIPE)
     assert ran.stdin is not None
     ran.stdin.close()
-    assert ran.wait(timeout=30) == 0
+    assert ran.wait(timeout=300) == 0
 
 
 def test_a_broken_ledger_ends_a_worker_process_with_its_code(tmp_path: Path, fake: Path) -> None:
     path = tmp_path / "jobs.sqlite"
     path.write_bytes(b"no database" * 400)
     command = [sys.executable, "-m", "pipelines.workers", str(path)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 3
     assert "damaged or no ledger" in ran.stderr

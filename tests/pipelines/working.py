@@ -106,7 +106,7 @@ def process(ledger: Ledger, *more: str, **options: Any) -> subprocess.Popen[Any]
     return subprocess.Popen([*command, *more], cwd=ROOT, **options)
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> None:
+def wait_for(what: Callable[[], Any], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen in time"
