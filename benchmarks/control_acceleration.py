@@ -89,8 +89,9 @@ def adapters_of(network: Any, files: list[Path]) -> dict[str, tuple[str, Any, st
         file = read_adapter(path)
         told = file.about.get("condition")
         kind = told if isinstance(told, str) and told != "none" else "edges"
-        name = f"{file.kind}, {kind}"
-        found.setdefault(name, ("shipped" if path in shipped else "trained", load(path, network), kind))
+        adapter = load(path, network)
+        name = f"{file.kind}, {kind}" if adapter.needs_condition else file.kind
+        found.setdefault(name, ("shipped" if path in shipped else "trained", adapter, kind))
         kinds.add(file.kind)
     for kind_name, kind_of in control.methods().items():
         made = kind_of(**SETTINGS.get(kind_name, {}))
