@@ -28,6 +28,8 @@ Updates = dict[Any, Any]
 
 WATCHED = 0.2
 """Seconds between two looks at a job."""
+_FORGET = """(shown) => (shown ?? "").includes('role="alert"') ? "" : shown"""
+"""Takes an error away when something new is asked for: the same words once more would be no news to anybody."""
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _QUICK: dict[str, Any] = _PRIVATE | {"queue": False}
 
@@ -63,6 +65,8 @@ class Create(Layout):
             inputs["seed"]
         ]
         seen = [parts[name] for name in (*shown.PARTS, "status", "preview", "generate", "stop")]
+        for name in ("generate", "measure", "compare", "queue"):  # first: what one press does is done one after the other
+            parts[name].click(None, parts["status"], parts["status"], js=_FORGET, **_PRIVATE)
         for name, event in (("generate", self._submit), ("measure", self._measure)):
             started = parts[name].click(event, every, asked, **_PRIVATE)
             started.then(self._watch, parts["job"], seen, **_PRIVATE)
@@ -227,7 +231,7 @@ class Create(Layout):
         parts, last, painted = self.parts, "", ""
         job = await asyncio.to_thread(self.jobs.get, name, self.house.session(browser))
         if job is None:
-            yield {parts["stop"]: gr.Button(interactive=False)}
+            yield self._allowed(idle=True)
             return
         while not job.over:
             line = views.progress(job, await asyncio.to_thread(self.jobs.ahead, job))
@@ -247,7 +251,7 @@ class Create(Layout):
         """Take up the job that this browser asked for last, after a reload."""
         job = self.jobs.get(name or "", self.house.session(browser))
         if job is None:
-            return {self.parts["job"]: ""}
+            return {self.parts["job"]: ""} | self._allowed(idle=True)
         return {self.parts["job"]: job.name} | self._allowed(idle=job.over)
 
     def _onward(self, browser: gr.Request, name: str, model: str) -> Updates:

@@ -12,6 +12,7 @@ from typing import Any
 import app_given as given_inputs
 from app_speed import CUSTOM, EXACT
 from pipelines import profile as profiles
+from pipelines._inpainting import Outpaint
 from pipelines.catalog import Card
 from pipelines.form import Field, fields, read
 from pipelines.request import Request, RequestError, accelerator_kinds
@@ -36,6 +37,11 @@ def methods() -> dict[str, tuple[Field, ...]]:
     return {
         name: fields(kinds[name]) for name in sorted(kinds, key=lambda name: (name != FIRST_METHOD, name))
     }
+
+
+def sides() -> tuple[Field, ...]:
+    """Return the fields for what is added around a picture."""
+    return fields(Outpaint)
 
 
 def sentence_of(method: str) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import app_tasks as tasks
 from pipelines import controls
+from pipelines._inpainting import Outpaint, sides, written
 from pipelines.catalog import Card
 from pipelines.request import WITHHELD, Request, RequestError
 
@@ -32,6 +33,8 @@ FRAMES = 16
 ENDINGS = (".png", ".mp4", ".gif")
 KEPT = 30 * 86_400
 """How long an upload stays that nobody uses, in s."""
+SIDES = tuple(Outpaint().sides)
+"""Where pixels can be added around a picture."""
 WINDOW = {"strength": 1.0, "start": 0.0, "end": 1.0}
 
 Store = Callable[[str], str]
@@ -87,7 +90,7 @@ def fields_of(values: Mapping[str, Any], card: Card, keep: Store) -> dict[str, A
     """
     task = values["task"] or (tasks.FIRST_CLIP if card.task == "text-to-video" else tasks.FIRST_TASK)
     steered = _controls(values, card, keep) if task == "control" else []
-    painted = _painted(values["editor"]) if task == "inpaint" else None
+    painted = _edited(values) if task == "inpaint" else None
     tasks.check(task, card, {**values, "controls": steered, "editor": painted})
     shown = tasks.TASKS[task].shown
     found: dict[str, Any] = {"controls": steered, "loras": _loras(values, card, keep)}
@@ -95,7 +98,7 @@ def fields_of(values: Mapping[str, Any], card: Card, keep: Store) -> dict[str, A
         if name in shown and values[name]:
             found[name] = keep(_checked(values[name], name))
     if painted is not None:
-        found |= {name: keep(path) for name, path in painted.items()}
+        found |= {name: value if written(value) else keep(value) for name, value in painted.items()}
     if task in ("image", "inpaint"):
         found["strength"] = values["strength"]
     if task == "panels":
@@ -116,6 +119,8 @@ def values_of(request: Request, card: Card) -> dict[str, Any]:
         "panels": request.panels or 4, "layout": request.layout, "known": request.known, "frames": frames, "fps": request.fps,
         "file_type": ".png",
     }  # fmt: skip
+    added = sides(str(request.mask)) if written(request.mask) else {}
+    found |= {f"outpaint.{side}": added.get(side, 0) for side in SIDES}
     own = _own(card)
     for place in range(CONTROLS):
         one: Any = request.controls[place] if place < len(request.controls) else None
@@ -141,7 +146,7 @@ def left_out(request: Request, card: Card) -> list[str]:
         for name, words in (
             ("image", "its starting picture"), ("last_image", "its last picture"), ("mask", "its mask"), ("clip", "its clip"),
         )
-        if getattr(request, name)
+        if getattr(request, name) and not written(getattr(request, name))
     ]  # fmt: skip
     found += ["its prompt, which its file does not tell"] if request.prompt == WITHHELD else []
     found += ["the pictures of its controls"] if request.controls else []
@@ -273,14 +278,31 @@ def _adapter(name: str | None, file: str | None, card: Card, keep: Store, field:
     return keep(file)
 
 
-def _painted(editor: Any) -> dict[str, str] | None:
-    """Return the files of a picture and of its mask, white where something was painted; None where either is missing.
+def _edited(values: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return a picture, and the file or the words of its mask; None where there is none, or no mask.
+
+    Raises:
+        RequestError: a picture or a mask that cannot be used, or two kinds of masks.
+    """
+    editor = values["editor"]
+    if not isinstance(editor, Mapping) or not editor.get("background"):
+        return None
+    painted, added = _painted(editor), {side: whole(values[f"outpaint.{side}"]) for side in SIDES}
+    if not any(added.values()):
+        return painted
+    if painted is not None:
+        raise RequestError("mask", "both", "a painted part, or pixels added at the sides")
+    words = f"{Outpaint.name}:" + ",".join(f"{side}={pixels}" for side, pixels in added.items() if pixels)
+    sides(words)
+    return {"image": str(editor["background"]), "mask": words}
+
+
+def _painted(editor: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return the files of a picture and of its mask, white where something was painted; None where nothing was.
 
     Raises:
         RequestError: a picture or a mask that cannot be used: blank, or of two sizes.
     """
-    if not isinstance(editor, Mapping) or not editor.get("background"):
-        return None
     from PIL import Image, ImageChops
 
     background = Path(editor["background"])

@@ -55,8 +55,8 @@ class Header:
         )
 
     def _look(self, request: gr.Request) -> tuple[str, Any]:
-        owner = self.house.session(request)
-        busy = self.house.jobs.mine(owner) is not None
+        owner = self.house.known(request)  # a look that comes too early must not take a thread from who comes in
+        busy = bool(owner) and self.house.jobs.mine(owner) is not None
         return self.chips(owner), gr.Button(visible=busy)
 
     def _stop(self, request: gr.Request) -> tuple[str, Any]:

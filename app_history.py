@@ -23,7 +23,7 @@ from pipelines.request import Request, RequestError, accelerator_kinds
 
 ANY, EXACT = "any", "exact"
 _HEADS = ("number", "state", "what", "model", "speed", "from", "asked", "took")
-_WIDTHS = ("90px", "110px", "330px", "120px", "150px", "110px", "130px", "80px")
+_WIDTHS = ("90px", "110px", "355px", "120px", "150px", "110px", "130px", "85px")
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -66,7 +66,7 @@ class History:
             with gr.Column(scale=5, min_width=300):
                 parts["file"] = gr.File(
                     label="Drop a PNG, MP4, GIF or JSON made by Leapfrog", file_types=[".png", ".mp4", ".gif", ".json"],
-                    height=130, elem_id="history-drop", elem_classes="drop",
+                    height=150, elem_id="history-drop", elem_classes="drop",
                 )  # fmt: skip
                 parts["embedded"] = gr.HTML("", elem_id="history-embedded")
                 parts["take"] = gr.CheckboxGroup(
@@ -80,7 +80,7 @@ class History:
         parts = self.parts
         with gr.Row(elem_id="history-filters"):
             parts["text"] = gr.Textbox(
-                "", label="Search", placeholder="prompts and names", max_lines=1, min_width=150
+                "", label="Search", placeholder="prompts, names", max_lines=1, min_width=150
             )
             parts["state"] = gr.Dropdown(
                 list(STATES), value=[], multiselect=True, label="States (none: any)", min_width=140

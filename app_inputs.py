@@ -22,6 +22,7 @@ GROUPS = (
     "image",
     "strength",
     "editor",
+    "outpaint",
     "last_image",
     "controls",
     "panels",
@@ -31,7 +32,7 @@ GROUPS = (
     "fps",
     "file_type",
 )
-"""What is shown for some tasks alone; `controls` stands for the whole section."""
+"""What is shown for some tasks alone; `outpaint` and `controls` stand for whole sections."""
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -76,11 +77,12 @@ class TaskInputs:
             1, (card.width or 800) // 25
         )  # gradio would take a part of its canvas, which is larger than our pictures
         inputs["editor"] = gr.ImageEditor(
-            label="Picture: paint over what is made anew", type="filepath", image_mode="RGBA", format="png",
+            label="Picture", type="filepath", image_mode="RGBA", format="png",
             sources=["upload", "clipboard"], transforms=[], layers=False, visible="editor" in shown, elem_id="editor",
             brush=gr.Brush(default_size=radius, colors=["#ff3b7f"], default_color="#ff3b7f", color_mode="fixed"), height=420,
             buttons=[], elem_classes="drop",
         )  # fmt: skip
+        self._outpaint(visible="outpaint" in shown)
         inputs["strength"] = form.control(fields["strength"], visible="strength" in shown)
         with gr.Row():
             inputs["panels"] = gr.Slider(
@@ -119,6 +121,18 @@ class TaskInputs:
         with gr.Column(visible="controls" in shown, elem_id="controls") as self.parts["controls"]:
             for place in range(1, given.CONTROLS + 1):
                 self._control(place, card)
+
+    def _outpaint(self, *, visible: bool) -> None:
+        """Make the fields for what is added around a picture."""
+        with gr.Column(visible=visible, elem_id="outpaint") as self.parts["outpaint"]:
+            gr.Markdown(
+                "Paint over what is to be made anew. Or paint nothing and add pixels at the sides: more is made around the picture;"
+                " the whole must then have the shape of the size below.",
+                elem_classes="note",
+            )
+            with gr.Row(elem_id="outpaint-row"):
+                for side in form.sides():
+                    self.inputs[f"outpaint.{side.name}"] = form.control(side, min_width=110)
 
     def draw_loras(self, card: Card) -> None:
         """Make the list of LoRAs."""

@@ -170,8 +170,8 @@ class Layout:
 
         self.parts["estimate"] = gr.HTML("", elem_id="estimate")
         with gr.Row(elem_id="go-row"):
-            self.parts["generate"] = gr.Button(
-                "Generate", variant="primary", size="lg", elem_id="generate", scale=4
+            self.parts["generate"] = gr.Button(  # not before the page knows whose job it would be
+                "Generate", variant="primary", size="lg", elem_id="generate", interactive=False, scale=4
             )
             self.parts["stop"] = gr.Button(
                 "Stop", size="lg", elem_id="stop", interactive=False, scale=1, min_width=90

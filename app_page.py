@@ -34,8 +34,8 @@ NOBODY = Card(
 """Stands where a model would be chosen while there is none."""
 SESSIONS = 5000
 """How many sessions are known by name at once."""
-ENTRY = 3.0
-"""Longest wait for a browser to say who it is, in s."""
+ENTRY = 10.0
+"""Longest wait for a browser to say who it is, in s: busy computers are slow."""
 _NAME = re.compile(r"[\w-]{20,64}\Z")
 
 
@@ -83,11 +83,16 @@ class House:
                 self._came.wait_for(lambda: key in self._owners, ENTRY)
             return self._owners.get(key) or self._known(key, secrets.token_urlsafe(24))
 
+    def known(self, request: gr.Request) -> str:
+        """Return the name that a browser goes by, or "" for one that has not said it yet; nobody waits."""
+        return self._owners.get(str(getattr(request, "session_hash", None) or ""), "")
+
     def enter(self, request: gr.Request, name: str | None) -> str:
-        """Take note of the name that a browser keeps, and give one to a browser without."""
+        """Take note of the name that a browser keeps; one without keeps what it was called here, or is given a name."""
         key = str(getattr(request, "session_hash", None) or "")
-        name = name if isinstance(name, str) and _NAME.match(name) else secrets.token_urlsafe(24)
         with self._came:
+            if not isinstance(name, str) or not _NAME.match(name):
+                name = self._owners.get(key) or secrets.token_urlsafe(24)
             return self._known(key, name)
 
     def _known(self, key: str, name: str) -> str:
@@ -124,6 +129,8 @@ class Page:
         with gr.Blocks(title="Leapfrog", analytics_enabled=False, delete_cache=(DAY, 7 * DAY)) as page:
             name = gr.BrowserState("", storage_key="leapfrog-session", secret="not a secret")
             header.draw()
+            listen = gr.Button("Listen", elem_id="listen")  # nobody sees it; the page's script presses it
+            listen.click(lambda: None, None, None, trigger_mode="multiple", api_visibility="private", show_progress="hidden")
             with gr.Tabs(elem_id="tabs"):
                 for key, tab in self.tabs.items():
                     with gr.Tab(tab.label, id=key.lower(), elem_id=f"tab-{key.lower()}") as house.opened[key]:

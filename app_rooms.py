@@ -100,7 +100,8 @@ CSS = """
 .dark .sheet { border-color: var(--neutral-800); }
 .sheet table th, .sheet table td { background: white; padding: 8px 10px !important; } .dark .sheet table th, .dark .sheet table td { background: var(--neutral-900); }
 .sheet th.row { white-space: normal; }
-.sheet thead th { position: sticky; top: 0; z-index: 2; } .sheet th.row { position: sticky; left: 0; z-index: 1; max-width: 190px; overflow-wrap: anywhere; }
+.sheet thead th { position: sticky; top: 0; z-index: 2; } .sheet th.row { position: sticky; left: 0; z-index: 1; max-width: 190px; min-width: 92px;
+  overflow-wrap: anywhere; }
 .sheet thead th:first-child { left: 0; z-index: 3; }
 .sheet th[scope=rowgroup] { position: sticky; left: 0; font-weight: 640; }
 .sheet img { display: block; width: 128px; max-width: none; height: auto; border-radius: 6px; margin: 0 0 4px !important; }
@@ -111,8 +112,9 @@ CSS = """
 @media (max-width: 760px) {
   .viewer[data-mode=side] .panes { grid-template-columns: 1fr; } .viewer[data-mode=side] .pane.b { grid-area: 2 / 1; }
   .sheet th.row { max-width: 96px; font-size: 12px; } .sheet img { width: 104px; }
-  .room th, .room td { padding-right: 9px !important; white-space: normal; overflow-wrap: anywhere; }
-  .room svg.scatter text { font-size: 19px; }
+  .room th, .room td { padding-right: 9px !important; white-space: normal; overflow-wrap: break-word; }
+  .room .params td, .room td.long { min-width: 92px; }
+  .room svg.scatter text { font-size: 19px; } .room svg.scatter { overflow: visible; width: calc(100% - 16px); margin-left: 16px; }
   .viewer .tools .modes { flex-wrap: nowrap; } .viewer .tools .modes button { padding: 6px 7px; font-size: 12.5px; white-space: nowrap; }
 }
 """

@@ -155,6 +155,7 @@ CSS = """
 .dark .method { border-color: var(--primary-800); }
 
 #settings input[type=number] { width: 62px; } #settings .method input[type=number] { width: 76px; }
+.gradio-container input[type=range]:focus-visible { outline: 2px solid var(--primary-600); outline-offset: 4px; }
 .dark input[type=range] { --neutral-200: var(--neutral-700); }
 #seed-row { align-items: flex-end; gap: 12px; }
 #die { width: 44px !important; min-width: 44px !important; height: 42px; padding: 0; font-size: 0;
@@ -162,9 +163,12 @@ CSS = """
 #die::before { content: ""; width: 22px; height: 22px; background: currentColor; mask: var(--die) center / contain no-repeat; }
 #new-seed { flex: 0 0 auto; width: auto; align-self: flex-end; }
 #new-seed label { min-height: 42px; align-items: center; white-space: nowrap; font-size: 14px; }
+#editor .toolbar-wrap { background: var(--background-fill-primary); }
+#outpaint-row, #outpaint-row .form { align-items: flex-end; }
 #go-row { gap: 10px; flex-wrap: nowrap; }
 #generate { font-size: 16px; font-weight: 600; min-height: 52px; border-radius: 14px; }
 #stop { min-height: 52px; border-radius: 14px; }
+#listen { display: none; }
 #queue-row { align-items: center; gap: 10px; flex-wrap: nowrap; }
 #estimate:not(:has(.note)), #tokens:not(:has(.tokens)), #refused:not(:has(.refused)),
 .coverage:not(:has(p)):not(:has(.trouble)) { display: none; }
@@ -261,7 +265,7 @@ CSS = """
 .report table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 .report th, .report td { text-align: left; padding: 4px 12px 4px 0 !important; border: 0 !important; vertical-align: top;
   border-bottom: 1px solid var(--neutral-200) !important; overflow-wrap: anywhere; }
-.report td { max-width: 260px; } .report th { white-space: nowrap; }
+.report td { max-width: 260px; } .report th { white-space: nowrap; overflow-wrap: break-word; }
 .dark .report th { border-color: var(--neutral-800) !important; } .dark .report td { border-color: var(--neutral-800) !important; }
 .report th { font-weight: 560; color: var(--neutral-600); } .dark .report th { color: var(--neutral-400); }
 .report .differs td { font-weight: 600; }
@@ -324,5 +328,52 @@ SCRIPT = """() => {
     window.getSelection().selectAllChildren(text);
     navigator.clipboard?.writeText(text.textContent).then(() => { button.textContent = "Copied"; });
   });
+  for (const way of ["change", "drop"]) document.addEventListener(way, (event) => {
+    const editor = event.target.closest?.("#editor"), chosen = event.target.type === "file";
+    if (!editor || way === "change" && !chosen || editor.querySelectorAll("canvas").length > 1) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    if (chosen) event.target.value = "";
+  }, true);
+  const inner = window.fetch, owed = new Map(), paid = new Set();
+  let lines = 0;
+  const look = () => setTimeout(() => {
+    if (lines) return;
+    for (const [event, times] of owed) times < 3 ? owed.set(event, times + 1) : owed.delete(event);
+    if (owed.size) document.querySelector("#listen")?.click();
+  }, 1000);
+  const heard = (body) => {
+    const decoder = new TextDecoder();
+    let rest = "";
+    const {readable, writable} = new TransformStream({transform: (part, to) => {
+      const told = (rest + decoder.decode(part, {stream: true})).split("\\n");
+      rest = told.pop();
+      for (const one of told.filter((one) => one.includes('"process_completed"'))) {
+        const event = one.match(/"event_id":"(\\w+)"/)?.[1];
+        if (!owed.delete(event)) paid.add(event);
+      }
+      to.enqueue(part);
+    }});
+    body.pipeTo(writable).catch(() => {}).finally(() => { lines -= 1; look(); });
+    return readable;
+  };
+  window.fetch = async (...given) => {
+    const address = String(given[0]?.url ?? given[0]);
+    if (!/\\/queue\\/(data|join)\\b/.test(address)) return inner(...given);
+    const line = address.includes("/queue/data");
+    lines += line;
+    const answer = await inner(...given).catch((error) => { lines -= line; throw error; });
+    if (line) return new Response(heard(answer.body), answer);
+    answer.clone().json().then(({event_id}) => {
+      if (event_id && !paid.delete(event_id)) owed.set(event_id, 0);
+      look();
+    }).catch(() => {});
+    return answer;
+  };
 }"""
-"""Ctrl+Enter, or Command+Enter, presses the button; a Copy button copies what stands under it, or at least selects it."""
+"""Ctrl+Enter, or Command+Enter, presses the button; a Copy button copies what stands under it, or at least selects it.
+
+A picture that reaches the mask editor before both of its canvases are there would break it, and is left out.
+Gradio ends its line of answers when it owes none. What is asked in that very moment stays owed, and nobody listens any more; a
+press on a button that nobody sees makes it listen again.
+"""

@@ -33,7 +33,7 @@ class Task:
 TASKS: Mapping[str, Task] = {
     "text": Task("Text → image"),
     "image": Task("Image → image", ("image", "strength"), ("image",)),
-    "inpaint": Task("Inpaint", ("editor", "strength"), ("editor",)),
+    "inpaint": Task("Inpaint", ("editor", "outpaint", "strength"), ("editor",)),
     "control": Task("Control", ("controls",), ("controls",)),
     "panels": Task("Panels", ("image", "panels", "layout", "known")),
     "clip": Task("Text → video", ("frames", "fps", "file_type"), (), True),
@@ -96,7 +96,7 @@ def check(task: str, card: Card, given: Mapping[str, Any]) -> None:
         )
     words = {
         "image": "a picture to start from", "last_image": "a picture to end with",
-        "editor": "a picture with a part painted over, which is made anew",
+        "editor": "a picture with a part painted over, which is made anew, or with pixels added at its sides",
         "controls": "at least one control with an adapter and a picture",
     }  # fmt: skip
     for name in TASKS[task].needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import queue
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +25,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 WAIT = 120_000
 """Longest wait for anything, in ms: busy machines are slow."""
+TRIES, PATIENCE = 6, 30_000
+"""How often something is done that a browser may miss, and how long its effect is waited for before it is done again, in ms."""
 
 # The page's process may open connections to this computer only; anything else is told and refused. While a file named "hold"
-# lies in its output folder, every step takes a tenth of a second: a run then lasts longer than what a test does meanwhile.
+# lies in its output folder, a step takes a tenth of a second, and a run stands still at its 20th one, though it still hears when
+# it is stopped. A pattern in that file lets runs pass until a picture is there that fits it.
 _OFFLINE = """
 import ipaddress, socket, sys
 inner = socket.socket.connect
@@ -35,13 +40,20 @@ def connect(self, address):
         raise OSError("blocked by the test")
     return inner(self, address)
 socket.socket.connect = connect
-import os, time
+import glob, os, time
 from pipelines import generate
-tell = generate._Watch.tell
-def slowly(self, *words, **more):
-    if os.path.exists(os.environ["HOLD"]):
-        time.sleep(0.1)
-    return tell(self, *words, **more)
+tell, hold = generate._Watch.tell, os.environ["HOLD"]
+def stands(step):
+    try:
+        pattern = open(hold).read()
+    except FileNotFoundError:
+        return False
+    time.sleep(0.1)
+    return step >= 20 and (not pattern or bool(glob.glob(os.path.join(os.path.dirname(hold), pattern))))
+def slowly(self, phase, step=0, *words, **more):
+    tell(self, phase, step, *words, **more)
+    while phase == "denoise" and stands(step):
+        tell(self, phase, step, *words, **more)
 generate._Watch.tell = slowly
 import app
 sys.exit(app.main(sys.argv[1:]))
@@ -52,6 +64,25 @@ _NAMELESS = """
 [...document.querySelectorAll("input:not([type=file]), textarea, select")].filter(one => one.offsetParent
   && !one.labels?.length && !one.getAttribute("aria-label") && !one.getAttribute("aria-labelledby")).map(one => one.outerHTML)
 """
+
+# What has the keyboard's focus, and whether what had it before looked otherwise then: outline, shadow, border or ground of it or
+# of what it stands in.
+_FOCUS = """
+() => {
+  const one = document.activeElement;
+  const look = (place) => {
+    const found = [];
+    for (let rest = 3; rest && place; rest--, place = place.parentElement) {
+      const style = getComputedStyle(place);
+      found.push(style.outlineStyle, style.outlineWidth, style.boxShadow, style.borderColor, style.backgroundColor);
+    }
+    return found.join("|");
+  };
+  const before = window.focusedBefore, shown = !before || before.look !== look(before.one);
+  window.focusedBefore = { one, look: look(one) };
+  const name = one.getAttribute("aria-label") || one.labels?.[0]?.innerText || one.innerText || "";
+  return [one === document.body ? "" : name.split("\\n")[0].trim(), shown];
+}"""
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
@@ -149,10 +180,15 @@ def serving(output: Path, state: Path, *words: str, program: str = _OFFLINE) -> 
             finally:
                 process.kill()
                 reading.join(WAIT / 1000)
+    text = "".join(said)
+    assert "OUTSIDE" not in text, text
     # the mask editor sends its canvas on its own, and a tab that is closed meanwhile leaves half an upload
-    left = [line for line in said if line.startswith("starlette.requests.ClientDisconnect")]
-    broken = [line for line in said if "OUTSIDE" in line or "Traceback" in line]
-    assert len(broken) == len(left), "".join(said)
+    endings = [one for one in _ENDING.findall(text) if one == "starlette.requests.ClientDisconnect"]
+    assert text.count("Traceback") == len(endings), text
+
+
+_ENDING = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*([\w.]*)", re.MULTILINE)
+"""What a traceback ends with: the name of the error."""
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str], said: list[str]) -> None:
@@ -188,43 +224,75 @@ def tab(browser: Any, served: tuple[str, Path]) -> Iterator[Any]:
 
 
 def opened(tab: Any, url: str) -> Any:
-    """Open the page and wait until it has said who it is."""
+    """Open the page and wait until it can be used: it has said who it is then."""
     tab.set_default_timeout(WAIT)
-    with tab.expect_response(lambda one: "queue/join" in one.url):  # the page has begun to ask the server
-        tab.goto(url)
-    tab.locator("#generate").wait_for()
+    tab.goto(url)
+    playwright.expect(tab.locator("#generate")).to_be_enabled()
     return tab
 
 
-def answered(tab: Any, does: Callable[[], Any]) -> None:
-    """Do something that asks the page's queue, and wait until everything that was asked has been answered and drawn."""
-    with tab.expect_event("requestfinished", lambda one: "queue/data" in one.url):
-        does()
-    tab.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+@contextmanager
+def held(output: Path, pattern: str = "") -> Iterator[None]:
+    """Let runs stand still at their 20th step, once there is a picture that fits the pattern; see `_OFFLINE`."""
+    hold = output / "hold"
+    hold.write_text(pattern)
+    try:
+        yield
+    finally:
+        hold.unlink()
 
 
-def painted(tab: Any, start: Path, seconds: float) -> None:
-    """Bring a picture into the editor and paint a stroke in its middle, with a wait after either."""
-    tab.locator("#editor canvas").first.wait_for()
-    tab.wait_for_timeout(1000 * seconds)
-    bring = tab.locator("#editor input[type=file]").first
-    if bring.count():
-        bring.set_input_files(start)
-        tab.wait_for_timeout(1000 * seconds)
-    tab.get_by_role("button", name="Brush").first.click()
-    tab.wait_for_timeout(1000)
+def insisted(does: Callable[[], Any], seen: Callable[[int], Any]) -> None:
+    """Do something until it is seen, as a person does where a click was lost.
+
+    Args:
+        seen: waits for the effect as long as it is told, in ms.
+
+    Raises: what `seen` raises when it is called for the last time.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            does()
+            seen(PATIENCE)
+            return
+        except (AssertionError, playwright.Error):
+            if not left:
+                raise
+
+
+def shows(tab: Any, colour: tuple[int, int, int], share: float) -> Callable[[int], None]:
+    """Return what waits until a colour covers so much of the editor; a canvas tells only the eye what it holds."""
+    import numpy as np
+    from PIL import Image
+
+    def wait(milliseconds: int) -> None:
+        end = time.monotonic() + milliseconds / 1000
+        while True:
+            seen = Image.open(io.BytesIO(tab.locator("#editor canvas").first.screenshot())).convert("RGB")
+            if (np.abs(np.asarray(seen, int) - colour).sum(-1) < 60).mean() >= share:
+                return
+            assert time.monotonic() < end, f"{colour} was not seen"
+            tab.wait_for_timeout(200)
+
+    return wait
+
+
+def stroke(tab: Any) -> None:
+    """Paint a stroke in the middle of the editor."""
+    tab.get_by_role("button", name="Brush", exact=True).first.click()
     box = tab.locator("#editor canvas").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     tab.mouse.move(x - 12, y)
     tab.mouse.down()
     tab.mouse.move(x + 12, y, steps=5)
     tab.mouse.up()
-    tab.wait_for_timeout(1000 * seconds)
+    tab.mouse.move(box["x"] + 5, box["y"] + box["height"] - 5)
 
 
 def number(tab: Any, label: str, value: int) -> None:
     tab.get_by_label(f"number input for {label}").fill(str(value))
     tab.keyboard.press("Tab")
+    playwright.expect(tab.get_by_label(f"number input for {label}")).to_have_value(str(value))
 
 
 def test_from_a_prompt_to_the_lossless_file(tab: Any, served: tuple[str, Path]) -> None:
@@ -247,11 +315,11 @@ def test_from_a_prompt_to_the_lossless_file(tab: Any, served: tuple[str, Path]) 
     )
     playwright.expect(tab.locator("#report")).to_contain_text("exact: all 24 block calls computed")
     tab.get_by_text("Run report", exact=True).click()
-    assert tab.locator("svg.timeline").get_attribute("data-computed") == "24"
+    playwright.expect(tab.locator("svg.timeline")).to_have_attribute("data-computed", "24")
     tab.get_by_text("Copy as command, Python or curl").click()
-    assert f"--seed {request.seed}" in tab.get_by_label("Command", exact=True).inner_text()
+    playwright.expect(tab.get_by_label("Command", exact=True)).to_contain_text(f"--seed {request.seed}")
     tab.get_by_role("button", name="Copy Command").click()
-    assert tab.evaluate("String(window.getSelection())").startswith("leapfrog generate 'a dog, cartoon'")
+    tab.wait_for_function("String(getSelection()).startsWith(\"leapfrog generate 'a dog, cartoon'\")")
     tab.reload()
     playwright.expect(tab.locator("#picture img")).to_have_attribute("alt", "a dog, cartoon")
 
@@ -266,8 +334,8 @@ def test_an_example_accelerated_and_its_settings_taken_up_again(tab: Any, served
     playwright.expect(tab.locator("#gallery img")).to_have_count(2)
     playwright.expect(tab.locator("#report")).to_contain_text("reused")
     tab.get_by_text("Run report", exact=True).click()
-    assert int(tab.locator("svg.timeline").get_attribute("data-reused")) > 0
-    file, other = sorted(served[1].glob("a-cat-*.png"))
+    playwright.expect(tab.locator("svg.timeline")).to_have_attribute("data-reused", re.compile("[1-9]"))
+    file, other = sorted(served[1].glob("a-cat-*.png"), key=lambda one: Request.from_file(one).seed)
     assert Request.from_file(other).seed == Request.from_file(file).seed + 1
 
     tab.reload()
@@ -309,27 +377,29 @@ def test_a_comparison_with_the_exact_picture(tab: Any, served: tuple[str, Path])
 def test_a_reload_in_the_middle_takes_the_run_up_again_and_others_never_see_it(
     tab: Any, browser: Any, served: tuple[str, Path]
 ) -> None:
-    (served[1] / "hold").touch()
-    tab.locator("#prompt textarea").fill("a long dog")
-    number(tab, "Steps", 100)
-    number(tab, "How many", 16)
-    tab.locator("#generate").click()
-    playwright.expect(tab.locator(".sofar img")).to_be_visible()
-    playwright.expect(tab.locator("#status")).to_contain_text("picture 2 of 16")
-    tab.reload()
-    playwright.expect(tab.locator("#status")).to_contain_text("of 16")
-    playwright.expect(tab.locator("#stop-all")).to_be_visible()
-    other = opened(browser.new_context().new_page(), served[0])
-    assert not other.locator("#stop-all").is_visible()
-    assert other.locator("#picture img").count() == 0
-    assert "long dog" not in other.content()
-    other.context.close()
-    tab.get_by_role("tab", name="Create").click()
-    tab.locator("#stop-all").click()
-    playwright.expect(tab.locator("#status")).to_contain_text("Stopped")
-    (served[1] / "hold").unlink()
-    playwright.expect(tab.locator(".sofar")).to_have_count(0)
-    assert 0 < len(list(served[1].glob("a-long-dog-*.png"))) < 16
+    expect, status = playwright.expect, tab.locator("#status")
+    with held(served[1], "a-long-dog-*.png"):
+        tab.locator("#prompt textarea").fill("a long dog")
+        number(tab, "Steps", 30)
+        number(tab, "How many", 16)
+        tab.locator("#generate").click()
+        expect(status).to_contain_text("picture 2 of 16, step 20 of 30")
+        expect(tab.locator(".sofar img")).to_be_visible()
+        tab.reload()
+        expect(status).to_contain_text("picture 2 of 16, step 20 of 30")
+        expect(tab.locator(".sofar img")).to_be_visible()
+        expect(tab.locator("#stop-all")).to_be_visible()
+        with browser.new_context() as context:
+            other = opened(context.new_page(), served[0])
+            expect(other.locator("#chips")).to_contain_text("0 of them yours")
+            expect(other.locator("#stop-all")).not_to_be_visible()
+            expect(other.locator("#picture img")).to_have_count(0)
+            assert "long dog" not in other.content()
+        tab.locator("#stop-all").click()
+        expect(status).to_contain_text("Stopped")
+        expect(status).to_contain_text("1 of 16 pictures")
+    expect(tab.locator(".sofar")).to_have_count(0)
+    assert len(list(served[1].glob("a-long-dog-*.png"))) == 1
 
 
 def test_a_part_of_a_picture_is_made_anew_and_the_rest_stays_bit_for_bit(
@@ -338,47 +408,99 @@ def test_a_part_of_a_picture_is_made_anew_and_the_rest_stays_bit_for_bit(
     import numpy as np
     from PIL import Image
 
-    start = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    start = np.random.default_rng(0).integers(0, 40, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(start).save(tmp_path / "start.png")
     tab.get_by_text("Inpaint", exact=True).click()
-    tab.locator("#prompt textarea").fill("a dog inpainted")
+    dropped = tab.locator("#editor input[type=file]").first
+    dropped.set_input_files(tmp_path / "start.png")  # too early where the editor is not ready, which must not break it
+    playwright.expect(tab.locator("#editor .zoom-number")).not_to_have_text(re.compile(r"^\s*100\s*%\s*$"))
+    tab.locator("#prompt textarea").fill("a dog")
     tab.locator("#generate").click()
-    playwright.expect(tab.get_by_role("alert")).to_contain_text("a picture with a part painted over")
-    for seconds in (3, 6, 12, 24):  # the canvas tells nobody when it is ready for a picture, or for a stroke
-        painted(tab, tmp_path / "start.png", seconds)
-        answered(tab, tab.locator("#generate").click)
-        playwright.expect(tab.locator("#generate")).to_be_enabled()
-        if not tab.get_by_role("alert").count():
-            break
-    playwright.expect(tab.locator("#picture img")).to_be_visible()
-    (file,) = served[1].glob("a-dog-inpainted-*.png")
+    told = re.compile("a picture with a part painted over|drop it once more")  # while it is still on its way
+    playwright.expect(tab.get_by_role("alert")).to_contain_text(told)
+    insisted(lambda: dropped.set_input_files(tmp_path / "start.png"), shows(tab, (20, 20, 20), 0.1))
+    insisted(lambda: stroke(tab), shows(tab, (255, 59, 127), 0.001))
+
+    asked: list[str] = []
+
+    def generate() -> None:
+        if asked:
+            stroke(tab)
+        asked.append(" ".join(["dog", *["a"] * (len(asked) + 1)]))  # another one for each try
+        tab.locator("#prompt textarea").fill(asked[-1])
+        tab.locator("#generate").click()
+
+    def made(wait: int) -> None:
+        playwright.expect(tab.locator("#picture img")).to_have_attribute("alt", asked[-1], timeout=wait)
+
+    insisted(generate, made)
+    shown = tab.request.get(tab.locator("#picture img").get_attribute("src")).body()
+    (file,) = (one for one in served[1].glob("*.png") if one.read_bytes() == shown)
     request = Request.from_file(file)
+    assert request.prompt in asked
     found = served[1].parent.glob(f"state*/uploads/page/*/*/{request.mask}")  # a picture tells no folders
     (kept,) = {one.resolve() for one in found}
     mask = np.asarray(Image.open(kept))
-    made = np.asarray(Image.open(file).convert("RGB"))
+    made_anew = np.asarray(Image.open(file).convert("RGB"))
     assert 0 < (mask > 0).mean() < 0.9
-    assert np.array_equal(made[mask == 0], start[mask == 0])
-    assert not np.array_equal(made[mask > 0], start[mask > 0])
+    assert np.array_equal(made_anew[mask == 0], start[mask == 0])
+    assert not np.array_equal(made_anew[mask > 0], start[mask > 0])
 
 
 def test_stopping_ends_the_run_and_saves_nothing(tab: Any, served: tuple[str, Path]) -> None:
-    (served[1] / "hold").touch()
-    tab.locator("#prompt textarea").fill("never finished")
-    number(tab, "Steps", 100)
-    number(tab, "How many", 16)
+    expect, status = playwright.expect, tab.locator("#status")
+    with held(served[1]):
+        tab.locator("#prompt textarea").fill("never finished")
+        number(tab, "Steps", 30)
+        number(tab, "How many", 16)
+        tab.locator("#generate").click()
+        expect(status).to_contain_text("picture 1 of 16, step 20 of 30")
+        tab.locator("#stop").click()
+        expect(status).to_contain_text("Stopped")
+        expect(status).to_contain_text("Nothing was decoded or saved")
+    number(tab, "Steps", 2)
+    number(tab, "How many", 1)
+    tab.locator("#prompt textarea").fill("a dog afterwards")
     tab.locator("#generate").click()
-    playwright.expect(tab.locator("#status")).to_contain_text("step")
-    tab.locator("#stop").click()
-    playwright.expect(tab.locator("#status")).to_contain_text("Stopped")
-    playwright.expect(tab.locator("#generate")).to_be_enabled()
-    (served[1] / "hold").unlink()
-    made = len(list(served[1].glob("never*.png")))
-    assert made < 16
-    told = tab.locator("#status").inner_text()
-    assert (f"{made} of 16 pictures were made and saved" if made else "Nothing was decoded or saved") in told
-    tab.wait_for_timeout(500)
-    assert len(list(served[1].glob("never*.png"))) == made
+    expect(tab.locator("#picture img")).to_have_attribute("alt", "a dog afterwards")
+    assert list(served[1].glob("never*.png")) == [], "what comes next is made after all that came before"
+
+
+# Holds back the end of the line of answers, and counts what was asked.
+_LATE = """
+const inner = window.fetch;
+window.joined = 0;
+window.fetch = async (...given) => {
+  const address = String(given[0]?.url ?? given[0]), answer = await inner(...given);
+  if (address.includes("/queue/join")) window.joined++;
+  if (!address.includes("/queue/data")) return answer;
+  const late = new TransformStream({transform: async (part, to) => {
+    const [told, end] = new TextDecoder().decode(part).split(/(?=data: *{"msg":"close_stream")/);
+    to.enqueue(new TextEncoder().encode(told));
+    while (end && window.hold) { window.held = true; await new Promise((done) => setTimeout(done, 20)); }
+    if (end) to.enqueue(new TextEncoder().encode(end));
+  }});
+  return new Response(answer.body.pipeThrough(late), answer);
+};
+"""
+
+
+def test_what_is_asked_while_the_line_of_answers_is_being_closed_is_still_answered(
+    browser: Any, served: tuple[str, Path]
+) -> None:
+    with browser.new_context() as context:
+        context.add_init_script(_LATE)
+        tab = opened(context.new_page(), served[0])
+        tab.evaluate("window.hold = true")
+        tab.locator("#queue").click()  # asks for too little, and is soon answered
+        tab.wait_for_function("window.held")
+        joined = tab.evaluate("window.joined")
+        tab.locator("#prompt textarea").fill("a dog unheard")
+        tab.locator("#generate").click()
+        tab.wait_for_function("(before) => window.joined > before", arg=joined)
+        tab.wait_for_timeout(500)  # for the page to take the answer in: that it waits for more can be seen nowhere
+        tab.evaluate("window.hold = false")
+        playwright.expect(tab.locator("#picture img")).to_have_attribute("alt", "a dog unheard")
 
 
 def test_every_control_has_a_name_and_an_error_is_told_in_plain_words(tab: Any) -> None:
@@ -413,6 +535,53 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(tab: Any) -> None:
         "Blocks in each step",
         "Memory, digests and versions",
     ):
-        tab.get_by_text(words, exact=True).click()
-    tab.wait_for_timeout(300)  # for something that would grow; the folded parts open slowly
+        folded = tab.get_by_text(words, exact=True)  # summaries: what they hold is there at once when they open
+        folded.click()
+        playwright.expect(folded.locator("xpath=ancestor::details[1]")).to_have_attribute("open", "")
+    playwright.expect(tab.get_by_label("First reused block").first).to_be_visible()
     tab.wait_for_function("document.documentElement.scrollWidth === 360")
+
+
+def test_create_is_walked_and_used_by_the_keyboard_alone(tab: Any) -> None:
+    tab.add_style_tag(content="* { transition: none !important; }")  # a look in between would tell nothing
+    playwright.expect(tab.locator("#prompt textarea")).to_be_focused()
+    tab.keyboard.type("a dog typed")
+    names: list[str] = []
+    hidden: list[str] = []
+    for _ in range(80):
+        name, shown = tab.evaluate(_FOCUS)
+        hidden += [] if shown else names[-1:]
+        if not name:
+            break
+        names.append(name)
+        tab.keyboard.press("Tab")
+    else:
+        raise AssertionError(f"the walk does not end: {names}")
+    assert hidden == [], "nobody sees where the focus is"
+    wanted = [
+        "Prompt",
+        "cartoon",
+        "Generate",
+        "Add to queue",
+        "Size",
+        "range slider for Steps",
+        "Seed",
+        "Roll a new seed",
+        "Exact",
+    ]
+    wanted += ["Custom", "LoRAs", "Output", "More settings"]
+    assert [one for one in names if one in wanted] == wanted
+
+    tab.get_by_role("radio", name="Custom", exact=True).focus()
+    tab.keyboard.press("Space")
+    every = tab.get_by_label("number input for Compute all blocks every n-th step")
+    playwright.expect(every).to_be_visible()
+    tab.get_by_role("button", name="Output").focus()
+    tab.keyboard.press("Enter")
+    playwright.expect(tab.locator("#folder")).to_be_visible()
+    tab.locator("#generate").focus()
+    tab.keyboard.press("Enter")
+    playwright.expect(tab.locator("#picture img")).to_have_attribute("alt", "a dog typed")
+    tab.get_by_role("tab", name="Grid", exact=True).focus()
+    tab.keyboard.press("Enter")
+    playwright.expect(tab.locator("#grid-prompt")).to_be_visible()

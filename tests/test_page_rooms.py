@@ -18,15 +18,20 @@ assert _spec.loader is not None
 page_fixtures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(page_fixtures)
 model, served, browser, tab = (getattr(page_fixtures, name) for name in ("model", "served", "browser", "tab"))
-expect = playwright.expect
+expect, insisted = playwright.expect, page_fixtures.insisted
 pytestmark = page_fixtures.pytestmark
 
 
 def choose(tab: Any, side: str, words: str) -> None:
-    """Choose a result in the tab Compare by a part of its name."""
-    tab.locator(f"#compare-{side} input").click()
-    tab.get_by_role("option").filter(has_text=words).click()
-    expect(tab.locator(f"#compare-{side} input")).to_have_value(re.compile(re.escape(words)))
+    """Choose a result in the tab Compare by a part of its name; new entries may come between the eye and the hand."""
+    field = tab.locator(f"#compare-{side} input")
+
+    def choosing() -> None:
+        field.blur()
+        field.click()
+        tab.get_by_role("option").filter(has_text=words).click(timeout=page_fixtures.PATIENCE)
+
+    insisted(choosing, lambda wait: expect(field).to_have_value(re.compile(re.escape(words)), timeout=wait))
 
 
 def test_a_grid_is_made_two_of_its_cells_are_compared_and_a_search_is_stopped(

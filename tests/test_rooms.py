@@ -316,7 +316,7 @@ def test_a_slow_comparison_never_wins_over_a_newer_one(
     def slow(a: Path, b: Path) -> Any:
         if "dog-1" in b.name:
             begun.set()
-            assert go.wait(60)
+            assert go.wait(120)
         return likeness(a, b)
 
     monkeypatch.setattr(app_pairs, "likeness", slow)
@@ -326,7 +326,7 @@ def test_a_slow_comparison_never_wins_over_a_newer_one(
     house.session = lambda _: OWNER
     older = threading.Thread(target=lambda: answers.append(room._compare(page, a, b, {}, 1)))  # type: ignore[arg-type]
     older.start()
-    assert begun.wait(60)
+    assert begun.wait(120)
     assert "dog-2.png" in room._compare(page, a, c, {}, 2)[1]  # type: ignore[arg-type]
     room._compare(other, a, c, {}, 9)  # type: ignore[arg-type]
     go.set()
