@@ -131,7 +131,12 @@ class Sight:
         """Say so where the tiles that are always kept are nearly all of them: beside a long prompt nothing is left to thin out."""
         queries, columns = (float(one.float().mean()) for one in self.forced(rows, block))
         share = 1 - (1 - queries) * (1 - columns)
-        return f"its prompt lies in {share:.0%} of the tiles, which are always kept" if share >= FULL else None
+        if share < FULL:
+            return None
+        if any(self.call.text):
+            return f"its prompt lies in {share:.0%} of the tiles, which are always kept"
+        tokens = self.call.k.shape[2]
+        return f"its {tokens} tokens fill none of the tiles of {block} keys, and those that are partly filled are always kept"
 
 
 Chooses = Callable[[Sight, Layer], Tensor | None]

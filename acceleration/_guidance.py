@@ -20,7 +20,8 @@ from acceleration._newton import Ladder, precise
 from acceleration.base import Call, Run
 from dit.seams import Moment, arguments, patched, prompt_of, writes_cache
 
-COND, UNCOND = ("cond", "conditional", "positive"), ("uncond", "unconditional", "negative")
+COND = ("cond", "conditional", "positive", "pred_cond")  # the last is what a guider of diffusers calls it
+UNCOND = ("uncond", "unconditional", "negative", "pred_uncond")
 BOTH = ("cond_uncond", "uncond_cond", "uncond+cond", "cond+uncond")
 COND_FIRST = ("DiTTransformer2DModel", "LuminaNextDiT2DModel", "ZImageTransformer2DModel")
 """Transformers whose pipelines put the conditional half of a batch first; all others of diffusers put it last."""

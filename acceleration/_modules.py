@@ -212,6 +212,8 @@ class _Forecasting:
 class ModuleReuse(Reuse):
     """Decide about each call as `Reuse` does; what is recorded and forecast are modules."""
 
+    unfit = None  # blocks of any form have modules
+
     @contextmanager
     def attached(self, transformer: nn.Module) -> Iterator[None]:
         """Hold the blocks and the modules in them."""

@@ -131,6 +131,13 @@ class Reuse:
         self._shortened = False
         self._waiting: tuple[Sight, str | None] | None = None  # for the first block
         self._approximated: dict[tuple[str, int], tuple[int, bool]] = {}
+        self._forms: dict[int, str | None] = {}  # of the blocks of the first step, why each cannot be left out
+
+    @property
+    def unfit(self) -> str | None:
+        """Why no block of the first step can ever be left out, in words, or None if one can."""
+        reasons = [one for one in self._forms.values() if one is not None]
+        return "; ".join(dict.fromkeys(reasons)) if reasons and len(reasons) == len(self._forms) else None
 
     def started(self, call: Call) -> bool:
         """Decide about a call, or leave it to the first block."""
@@ -158,6 +165,9 @@ class Reuse:
             output = call.compute(reached) if self._way is None else self._way.visited(call, reached)
         if reached.place == 0 and self._branch is not None and not self._branch.foretold:
             self._foretell(self._branch, reached, output)
+        if not self.run.judged:
+            form = match(reached.block.module, reached.tensors(), output)
+            self._forms[reached.place] = form if isinstance(form, str) else None
         return output
 
     def finished(self, call: Call, failed: bool) -> None:
@@ -342,6 +352,15 @@ def untouched(plan: Plan, run: Run, letter: str) -> str | None:
     if not run.saw_blocks:
         return "none of its blocks was called"
     return "; ".join(run.notes) if run.wanted.get(plan.name) or run.unknown else None
+
+
+def hopeless(plan: Plan, run: Run) -> str | None:
+    """Return in words why a plan will have no effect, as far as the first step shows it, or None."""
+    if plan.neutral:
+        return None
+    if run.unknown:
+        return "; ".join(run.notes)
+    return getattr(run.control, "unfit", None) if run.saw_blocks else "none of its blocks was called"
 
 
 def places(states: str, letter: str) -> str:

@@ -82,6 +82,9 @@ class AdaSpa(Accelerator):
     def untouched(self, run: Run) -> str | None:
         return untouched(self, run)
 
+    def hopeless(self, run: Run) -> str | None:
+        return self.untouched(run)
+
     def _choose(self, sight: Sight, layer: Layer) -> Tensor | None:
         again = None if self.search_again is None else round(self.search_again * sight.steps)
         if layer.step < 0 or (again is not None and layer.step < again <= sight.step):

@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from dataclasses import replace
+from threading import get_ident
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from acceleration._adapters import adapters_of
+from acceleration._calls import Call, Control, Reached
 from acceleration._outputs import Outputs
 from acceleration._report import RunReport
+from acceleration._watching import Watching, bytes_of, uncopied
 from dit import seams
-from dit.seams import Block, Blocks, Clock, Moment, Tensors
+from dit.seams import Block, Blocks, Clock, Moment
 from dit.spec import Spec
 
 __all__ = [
@@ -72,66 +75,9 @@ class Accelerator(Spec):
         """Return in words why this method had no effect although it should have had one, or None."""
         return None
 
-
-@dataclass(frozen=True, slots=True)
-class Reached:
-    """A block that a call has reached: its place in the call (from 0), what computes it, and what it is given."""
-
-    place: int
-    block: Block
-    inner: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def tensors(self) -> Tensors:
-        """Return the arguments that are tensors, by name."""
-        return seams.tensor_arguments(self.block.module, self.args, self.kwargs)
-
-
-class Control(Protocol):
-    """What decides about the blocks of each call: it sees the call begin, every block, and the call end."""
-
-    def started(self, call: Call) -> bool:
-        """Decide about a call; False leaves all its blocks alone."""
-
-    def visited(self, call: Call, reached: Reached) -> Any:
-        """Answer for a block, by `call.compute(reached)` or otherwise."""
-
-    def finished(self, call: Call, failed: bool) -> None:
-        """Keep or drop what the call has recorded."""
-
-
-@dataclass(slots=True)
-class Call:
-    """One forward of the transformer: when it is, and what became of each block (C computed, R reused, F forecast,
-    S computed with sparse attention, M with merged tokens).
-
-    `remarks` is what else the report's cell of this call says (signal, threshold, decision).
-    """
-
-    run: Run
-    moment: Moment
-    given: Mapping[str, Any]
-    states: list[str] = field(default_factory=list)
-    remarks: dict[str, Any] = field(default_factory=dict)
-    active: bool | None = None  # whether the control decides about its blocks; None before the first of them
-    _fingerprint: Any = None
-
-    @property
-    def fingerprint(self) -> Any:
-        """What must stay equal for a stored tensor to fit, taken once: every attention of a call may ask for it."""
-        if self._fingerprint is None:
-            self._fingerprint = seams.fingerprint(self.given)
-        return self._fingerprint
-
-    def compute(self, reached: Reached) -> Any:
-        """Compute a block after all."""
-        self.states.append("C")
-        return reached.inner(*reached.args, **reached.kwargs)
-
-    def state(self, owner: object, make: Callable[[], T]) -> T:
-        """Return the owner's state for this branch and evaluation; a new one if shapes, types or flags have changed."""
-        return self.run._state(self, owner, make)
+    def hopeless(self, run: Run) -> str | None:
+        """Return in words why this method will have no effect, as far as the first step shows it, or None."""
+        return None
 
 
 class Run:
@@ -148,6 +94,7 @@ class Run:
         self.blocks: Blocks = seams.blocks_of(transformer)
         self.clock = Clock(steps, calls_per_step)
         self.call: Call | None = None
+        self._thread = 0  # which the call on its way belongs to
         self.tally = dict.fromkeys("CRFSM", 0)
         self.cells: list[dict[str, Any]] = []
         self.wanted: dict[str, int] = {}  # calls in which a method's schedule asked it to save something
@@ -156,6 +103,8 @@ class Run:
         self.attention: dict[str, Any] = {}  # by layer, what a sparse method did: objects with to_dict()
         self.most_bytes = self.predicted_bytes = 0
         self._control: Control | None = None
+        self._first: tuple[int, int] | None = None  # the step by which the methods are judged
+        self.judged = False  # whether that is over
         self._outputs = Outputs()
         self._generation = 0
         self._looked: tuple[int, int] | None = None  # the step at which the adapters were looked at
@@ -171,6 +120,11 @@ class Run:
         """Put a remark into the report, once however often it is made."""
         if words not in self.notes:
             self.notes.append(words)
+
+    @property
+    def control(self) -> Control | None:
+        """What decides which blocks are computed, if anything does."""
+        return self._control
 
     @property
     def saw_blocks(self) -> bool:
@@ -196,8 +150,8 @@ class Run:
     def weigh(self) -> None:
         """Measure what all methods together store for reuse now."""
         states = [state for _, state in self._kept.values()]
-        self.most_bytes = max(self.most_bytes, sum(map(_bytes, states)))
-        expected = sum(getattr(state, "expected", 0) or _bytes(state) for state in states)
+        self.most_bytes = max(self.most_bytes, sum(map(bytes_of, states)))
+        expected = sum(getattr(state, "expected", 0) or bytes_of(state) for state in states)
         self.predicted_bytes = max(self.predicted_bytes, expected)
 
     def report(self) -> RunReport:
@@ -234,7 +188,15 @@ class Run:
         return math.prod(told) if self._steps_seen and len(told) == len(found) else None
 
     def _enter(self, given: dict[str, Any]) -> None:
+        if self.call is not None and self._thread != get_ident():
+            who = type(self.transformer).__name__
+            raise RuntimeError(
+                f"two threads call {who} at the same time, and what it keeps belongs to one run: take turns, or accelerate a "
+                "copy for each"
+            )
+        self._thread = get_ident()
         moment = self.clock.tick(seams.timestep_of(given), seams.prompt_of(given))
+        self._judge(moment, given)
         if moment.run != self._generation:
             self._kept.clear()
             self._generation = moment.run
@@ -245,8 +207,31 @@ class Run:
             self.note(
                 "calls whose step could not be told were computed in full; give steps= and calls_per_step="
             )
+        if self.clock.steps is not None and moment.step == self.clock.steps:
+            self.note(
+                f"the run has more timesteps than the {self.clock.steps} steps that were told, and what came after them was "
+                "computed; give steps= as many as the scheduler has timesteps"
+            )
         self.call = Call(self, moment, given)
         self._outputs.begin(moment)
+
+    def _judge(self, moment: Moment, given: Mapping[str, Any]) -> None:
+        """Raise when the first step is over, if it has shown that a method will have no effect: no other step is spent."""
+        if self.judged or seams.writes_cache(given):
+            return
+        now = (moment.run, moment.step)
+        self.judged = self._first not in (None, now)
+        self._first = now
+        # Where the step of some calls could not be told, the others may yet show an effect.
+        if self.judged and self.unknown in (0, len(self.cells)):
+            self.complain(lambda one: one.hopeless(self))
+
+    def complain(self, about: Callable[[Accelerator], str | None]) -> None:
+        """Raise for the first method about which there are words. Raises: Untouched."""
+        told = [(method.name, about(method)) for method in self.methods if self.cells]
+        for name, words in told:
+            if words is not None:
+                raise Untouched(f"{name} had no effect on {type(self.transformer).__name__}: {words}")
 
     def _look(self, moment: Moment) -> None:
         """Drop what is stored if the adapters have changed since the last step."""
@@ -278,6 +263,8 @@ class Run:
         self._leave(failed=False)
 
     def _leave(self, failed: bool) -> None:
+        if self.call is not None and self._thread != get_ident():
+            return  # this one was refused; the other thread is still on its way
         call, self.call = self.call, None
         if call is None:
             return
@@ -326,7 +313,7 @@ def accelerated(
 
     Raises:
         Refused: at entry, if a method cannot serve this transformer or the methods do not go together.
-        Untouched: at the end, if a method should have saved something and did not.
+        Untouched: after the first step where that shows that a method will save nothing, or at the end if it did not.
     """
     for name, value in (("steps", steps), ("calls_per_step", calls_per_step)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -337,6 +324,7 @@ def accelerated(
     run = Run(transformer, methods, steps, calls_per_step)
     with ExitStack() as stack:
         stack.enter_context(seams.patched(transformer, seams.RUN, run))
+        stack.enter_context(uncopied(transformer))
         stack.enter_context(seams.named_contexts(transformer, run.clock))
         stack.callback(run._end)
         stack.enter_context(seams.around_calls(transformer, run._enter, run._leave))
@@ -344,26 +332,33 @@ def accelerated(
         for method in sorted(methods, key=lambda one: -one.depth):
             stack.enter_context(method.attached(transformer, run))
         if run._control is None:
-            stack.enter_context(run.controlled_by(_Watching()))
+            stack.enter_context(run.controlled_by(Watching()))
         yield run
-    for method in methods if run.cells else ():
-        words = method.untouched(run)
-        if words is not None:
-            raise Untouched(f"{method.name} had no effect on {type(transformer).__name__}: {words}")
+    run.complain(lambda one: one.untouched(run))
 
 
 def refusal(transformer: Any, *methods: Any) -> str | None:
     """Return in words why `accelerated(transformer, *methods)` would refuse, or None if it would not."""
     who = type(transformer).__name__
     if not isinstance(transformer, nn.Module):
-        return f"accelerated() takes a transformer (torch.nn.Module), got {who}"
+        inside = (
+            "; give it the pipeline's own, as in pipeline.transformer"
+            if hasattr(transformer, "transformer")
+            else ""
+        )
+        return f"accelerated() takes a transformer (torch.nn.Module), got {who}{inside}"
     if any(not isinstance(method, Accelerator) for method in methods):
-        strange = next(type(method).__name__ for method in methods if not isinstance(method, Accelerator))
-        return f"accelerated() takes accelerators such as DeltaCache(), got {strange}"
+        strange = next(method for method in methods if not isinstance(method, Accelerator))
+        shown = f"the class {strange.__name__}" if isinstance(strange, type) else type(strange).__name__
+        more = " of them: give one after the other" if isinstance(strange, list | tuple) else ""
+        return f"accelerated() takes accelerators such as DeltaCache(), got {shown}{more}"
     if transformer.__dict__.get(seams.RUN) is not None:
         return f"{who} is already accelerated: end that with-block first, or give all methods to one accelerated()"
     if transformer._compiled_call_impl is not None or hasattr(transformer, "_orig_mod"):
-        return f"{who} is compiled as a whole, so no block can be left out; use compile_repeated_blocks() instead"
+        return (
+            f"{who} is compiled as a whole, so no block can be left out; use compile_repeated_blocks() instead, or compile() "
+            "of each block"
+        )
     seen: dict[str, str] = {}
     for method in methods:
         if method.seam and method.seam in seen:
@@ -375,23 +370,3 @@ def refusal(transformer: Any, *methods: Any) -> str | None:
         if words is not None:
             return f"{method.name}: {words}"
     return None
-
-
-def _bytes(state: Any) -> int:
-    """Return the size of a method's state: what it says itself, or of what it holds by name."""
-    if isinstance(state, Mapping):
-        return sum(_bytes(one) for one in state.values())
-    return int(getattr(state, "bytes", 0))
-
-
-class _Watching:
-    """Decide nothing: every block is computed and counted."""
-
-    def started(self, call: Call) -> bool:
-        return False
-
-    def visited(self, call: Call, reached: Reached) -> Any:
-        return call.compute(reached)
-
-    def finished(self, call: Call, failed: bool) -> None:
-        return None

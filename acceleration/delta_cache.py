@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from acceleration._reuse import Manner, Reuse, places, predicted_speedup, prefetches, untouched
+from acceleration._reuse import Manner, Reuse, hopeless, places, predicted_speedup, prefetches, untouched
 from acceleration.base import Accelerator, Run
 from acceleration.gates import Gate, gate_for
 from dit.seams import blocks_of
@@ -153,6 +153,9 @@ class DeltaCache(Accelerator):
 
     def untouched(self, run: Run) -> str | None:
         return untouched(self, run, "R")
+
+    def hopeless(self, run: Run) -> str | None:
+        return hopeless(self, run)
 
     def _switch(self, steps: int) -> int | None:
         """Return the step at which the front takes over from the rear, if it does."""

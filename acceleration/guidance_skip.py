@@ -109,3 +109,7 @@ class GuidanceSkip(Accelerator):
             "no unconditional branch was seen: guidance is off, is a number given to the network, or its forwards "
             "cannot be told apart"
         )
+
+    def hopeless(self, run: Run) -> str | None:
+        later = any(cell["branch"] == "pred_cond" for cell in run.cells)  # a guider may turn guidance on at any step
+        return None if later or run.wanted.get(self.name) else self.untouched(run)

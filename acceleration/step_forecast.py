@@ -114,6 +114,11 @@ class StepForecast(Accelerator):
             return "; ".join(run.notes)
         return None  # too few steps for the schedule to leave one out
 
+    def hopeless(self, run: Run) -> str | None:
+        steps = run.clock.steps
+        misfit = self.mask is not None and steps is not None and steps != len(self.mask)
+        return self.untouched(run) if misfit or run.unknown else None
+
 
 @dataclass(slots=True)
 class _Known:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from acceleration._modules import ModuleReuse, parts_of
-from acceleration._reuse import Manner, Reuse, places, predicted_speedup, prefetches, untouched
+from acceleration._reuse import Manner, Reuse, hopeless, places, predicted_speedup, prefetches, untouched
 from acceleration.base import Accelerator, Run
 from acceleration.gates import GATES, Gate, gate_for
 from dit.seams import blocks_of
@@ -159,6 +159,9 @@ class TaylorCache(Accelerator):
 
     def untouched(self, run: Run) -> str | None:
         return untouched(self, run, "F")
+
+    def hopeless(self, run: Run) -> str | None:
+        return hopeless(self, run)
 
     @property
     def _front(self) -> int:

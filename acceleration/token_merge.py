@@ -91,6 +91,9 @@ class TokenMerge(Accelerator):
         reasons = dict.fromkeys(row.reason or "" for row in sorted(main or rows, key=lambda row: -row.tokens))
         return "; ".join(list(reasons)[:3])
 
+    def hopeless(self, run: Run) -> str | None:
+        return self.untouched(run)
+
 
 def _rows(run: Run) -> list[Row]:
     return [row for row in run.attention.values() if isinstance(row, Row)]

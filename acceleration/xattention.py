@@ -53,6 +53,9 @@ class XAttention(Accelerator):
     def untouched(self, run: Run) -> str | None:
         return untouched(self, run)
 
+    def hopeless(self, run: Run) -> str | None:
+        return self.untouched(run)
+
     def _choose(self, sight: Sight, layer: Layer) -> Tensor | None:
         call = sight.call
         q, k = call.q, ungrouped(call.k, call.q)

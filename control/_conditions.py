@@ -68,7 +68,8 @@ def read_picture(source: str | Path | bytes | Image.Image, what: str = "the pict
         )
         raise Refused(f"{what} must be a readable PNG, JPEG, WebP or BMP picture ({words})") from None
     except (OSError, ValueError, SyntaxError) as error:
-        words = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        words = str(getattr(error, "strerror", None) or "").lower()  # of the system: a folder, no permission
+        words = words or (str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
         raise Refused(f"{what} must be a readable PNG, JPEG, WebP or BMP picture ({words})") from None
 
 

@@ -78,12 +78,13 @@ class Knob:
             return "one of " + ", ".join(map(str, self.choices))
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(self.type, self.type.__name__)
         unit = f" {self.unit}" if self.unit else ""
-        if self.low is not None and self.high is not None:
-            kind += f" from {self.low:g} to {self.high:g}{unit}"
-        elif self.low is not None:
-            kind += f" of at least {self.low:g}{unit}"
-        elif self.high is not None:
-            kind += f" of at most {self.high:g}{unit}"
+        low, high = (str(one) if isinstance(one, int) else f"{one:g}" if one is not None else "" for one in (self.low, self.high))
+        if low and high:
+            kind += f" from {low} to {high}{unit}"
+        elif low:
+            kind += f" of at least {low}{unit}"
+        elif high:
+            kind += f" of at most {high}{unit}"
         return kind + (" or none" if self.optional else "")
 
 

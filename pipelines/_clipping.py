@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from pipelines._kept import Latents
 from pipelines.request import RequestError
+from pipelines.video_files import OTHERS
 
-OTHERS = (
-    ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".apng", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg",
-)  # fmt: skip
-"""Endings of pictures and clips that are not written: a file would be called otherwise than it was asked for."""
 AGAIN = {"last_image": "the last picture", "clip": "the given clip"}
 
 
@@ -30,13 +28,17 @@ def add_output(one: argparse.ArgumentParser) -> None:
 
 def output(options: argparse.Namespace) -> Path | None:
     """Return where a result is to be saved, if it was said. Raises: RequestError for a format that is not written."""
-    if not options.output:
+    if options.output is None:
         return None
+    if options.output.strip() in ("", "-"):
+        raise RequestError("output", options.output, "a file or a folder; left out, a new PNG in this folder")
     path = Path(options.output).expanduser()
     if path.suffix.lower() in OTHERS and not path.is_dir():
         raise RequestError(
             "output", str(path), "a file that ends in .png, for clips also .mp4, .gif or .frames"
         )
+    if options.output.endswith(("/", os.sep)) and not path.is_dir():
+        raise RequestError("output", options.output, "a folder that is there, or a file")
     return path
 
 

@@ -58,8 +58,11 @@ class Roots:
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots = [root.expanduser().resolve() for root in roots]
 
-    def file(self, text: object) -> str:
-        """Return the whole path of a file or folder inside a root, links followed. Raises: ValueError with the reason."""
+    def file(self, text: object, *, folder: bool = True) -> str:
+        """Return the whole path of a file (with `folder` also of a folder) inside a root, links followed.
+
+        Raises: ValueError with the reason.
+        """
         if not isinstance(text, str):
             raise ValueError("it is no text")
         reason = _odd(text)
@@ -76,6 +79,10 @@ class Roots:
         try:
             if not path.is_file() and not path.is_dir():
                 raise ValueError("there is no such file")
+            if path.is_dir() and not folder:
+                raise ValueError("it is a folder")
+            if path.is_file() and not path.stat().st_size:
+                raise ValueError("it is empty")
         except OSError as error:
             raise ValueError(f"it cannot be read: {error.strerror}") from None
         return str(path)

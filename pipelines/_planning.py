@@ -121,6 +121,7 @@ def _checked(read: Manifest) -> tuple[list[Problem], dict[str, tuple[int, int]],
     """Hold every request against its model's card; return problems, the models' own sizes in px, and remarks."""
     from pipelines import catalog, controls
     from pipelines.generate import check
+    from pipelines.result import check_ending
 
     problems: list[Problem] = []
     remarks: list[str] = []
@@ -141,6 +142,7 @@ def _checked(read: Manifest) -> tuple[list[Problem], dict[str, tuple[int, int]],
                     folders[request.model], cards[request.model] = catalog.prepare(source)
             if cards[request.model] is not None:
                 check(request, cards[request.model])
+                check_ending(Path(entry.output) if entry.output else None, cards[request.model])
                 steering = (request.model, request.controls, request.loras)
                 if steering not in fitting:
                     controls.fits(request, cards[request.model], folders[request.model])

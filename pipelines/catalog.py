@@ -72,6 +72,13 @@ class Card:
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def sides(self) -> str:
+        """The widths and heights that it makes, in words."""
+        if self.low == self.high:
+            return f"{self.low} px, the only size"
+        return f"a multiple of {self.multiple} from {self.low} to {self.high} px"
+
+    @property
     def takes_class(self) -> bool:
         """Whether a class number is asked for, not a prompt."""
         return self.task.startswith("class-")

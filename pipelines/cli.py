@@ -91,11 +91,12 @@ def _setting_options(one: argparse.ArgumentParser, left_out: Sequence[str] = ())
 
 def _generate(options: argparse.Namespace) -> int:
     request = request_of(options)
+    target = _target(options, request)
     if options.dry_run:
         return _dry_run(options, request)
     from pipelines.generate import generate
 
-    target, keep = _target(options, request), _clipping.kept(options)
+    keep = _clipping.kept(options)
     with progress(options) as on_step:
         result = generate(request, on_step=on_step, keep=keep)
     if not ranks.saves():
@@ -140,6 +141,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     for field in fields(Request):
         text = getattr(options, field.name, None)
         if field.name not in _OWN_OPTIONS and text is not None:
+            if not text.strip() and field.default is None:  # as of a variable of the shell that is not set
+                raise RequestError(field.name, text, "given, or the option left out")
             values[field.name] = read(Request, field.name, text)
     return values
 
@@ -169,10 +172,14 @@ def _dry_run(options: argparse.Namespace, request: Request) -> int:
 
 def _target(options: argparse.Namespace, request: Request) -> Path | None:
     """Return where to save, after checking before any work that saving there can succeed."""
-    from pipelines.result import check_target
+    from pipelines import catalog
+    from pipelines.result import check_ending, check_target
 
     path = _clipping.output(options)
     check_target(path, overwrite=options.overwrite, pictures=request.images * (request.panels or 1))
+    source = catalog.find(request.model)
+    if source.folder is not None:
+        check_ending(path, catalog.prepare(source)[1])
     return path
 
 

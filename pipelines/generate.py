@@ -120,8 +120,7 @@ def check(request: Request, card: Card) -> None:
     for name in ("width", "height"):
         side = getattr(request, name)
         if side is not None and (side % card.multiple or not card.low <= side <= card.high):
-            allowed = f"a multiple of {card.multiple} from {card.low} to {card.high} px for {card.name}"
-            raise RequestError(name, side, allowed)
+            raise RequestError(name, side, f"{card.sides} for {card.name}")
     check_clip(request, card)
     check_panels(request, card)
 
@@ -188,7 +187,7 @@ def _picture(request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch) ->
         effective = _effective(pipeline, request, given, loaded)
         if loaded.card.task == "text-to-video":
             effective["fps"] = fps_of(pipeline, request, loaded.card, inputs)
-        warnings = _cut_prompt(pipeline, request.prompt, given)
+        warnings = noted.pop("warnings", []) + _cut_prompt(pipeline, request.prompt, given)
     frames, failures = finished(output)
     frames = frames if inputs.inpainting is None else inputs.inpainting.finished(frames)
     if request.frames not in (None, len(frames)):

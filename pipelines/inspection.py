@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import catalog, machine
-from pipelines._clipping import OTHERS
 from pipelines.metadata import FRAMES_JSON, read_metadata
 from pipelines.request import RequestError
 from pipelines.result import SaveError, check_target
 from pipelines.safe import Header, ModelError, check_folder, check_weights, components, weight_files
-from pipelines.video_files import FORMATS
+from pipelines.video_files import FORMATS, OTHERS
 
 STRANGE = (".txt", ".md", ".csv", ".jsonl", ".toml", ".yaml", ".yml", ".py", ".svg", ".pdf", *OTHERS)
 """Endings of files that are neither ours nor weights."""

@@ -21,6 +21,7 @@ from pipelines._inpainting import written
 from pipelines._paths import Roots, file_name
 from pipelines._tables import KINDS, Problem, problem, read_rows
 from pipelines.request import INPUTS, LARGEST_SEED, Request, RequestError, nearest, settings
+from pipelines.video_files import OTHERS
 from pipelines.wildcards import Wildcards, product
 
 ITEMS = 100_000
@@ -270,12 +271,11 @@ class _Reader:
     def _output(self, line: int, values: dict[str, Any]) -> str:
         given = values.pop("output", "")
         reason = file_name(given) if given != "" else None
-        if isinstance(given, str) and given.lower().endswith(".frames"):
+        if isinstance(given, str) and given.lower().endswith((".frames", *OTHERS)):
             reason = "a batch makes one file of an item; .mp4, .gif and .png hold all frames of a clip"
         if reason is not None:
-            self._wrong(
-                line, "output", given, f"a file name, or folder/name, inside the output folder ({reason})"
-            )
+            allowed = f"a file name, or folder/name, inside the output folder ({reason})"
+            self._wrong(line, "output", given, allowed)
             return ""
         return str(given)
 
@@ -360,7 +360,7 @@ class _Reader:
 
     def _file(self, line: int, field: str, text: Any) -> str:
         try:
-            return self.roots.file(text)
+            return self.roots.file(text, folder=field in ("clip", "mask"))
         except ValueError as error:
             self._wrong(line, field, text, f"a file in the manifest's folder ({error})")
             return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipelines.calls import default_of
@@ -37,21 +37,47 @@ def check_accelerators(request: Request, pipeline: Any) -> None:
 
 @contextlib.contextmanager
 def accelerated_networks(pipeline: Any, request: Request, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the runs that count (and save) the work of the networks, by name; those that cannot be counted are left out."""
-    from acceleration.base import accelerated, refusal
+    """Yield the runs that count (and save) the work of the networks, by name; those that cannot be counted are left out.
+
+    Raises: RequestError as soon as it shows that an accelerator has no effect.
+    """
+    from acceleration.base import Untouched, accelerated, refusal
+    from dit.seams import patched
 
     steps = given.get("num_inference_steps", default_of(pipeline, "num_inference_steps"))
     networks = networks_of(pipeline)
     methods: Any = request.accelerators
-    with contextlib.ExitStack() as stack:
-        runs: dict[str, Any] = {}
-        for name, network in networks.items():
-            if not request.accelerators and refusal(network) is not None:
-                continue
-            # which of two networks takes which steps is not known before: the steps of each are counted as they come
-            count = steps if len(networks) == 1 else None
-            runs[name] = stack.enter_context(accelerated(network, *methods, steps=count))
-        yield runs
+    try:
+        with contextlib.ExitStack() as stack:
+            runs: dict[str, Any] = {}
+            for name, network in networks.items():
+                if not request.accelerators and refusal(network) is not None:
+                    continue
+                # which of two networks takes which steps is not known before: the steps of each are counted as they come
+                count = steps if len(networks) == 1 else None
+                runs[name] = stack.enter_context(accelerated(network, *methods, steps=count))
+            if len(networks) == 1 and hasattr(pipeline, "get_timesteps"):
+                stack.enter_context(patched(pipeline, "get_timesteps", _told(pipeline, *networks.values())))
+            yield runs
+    except Untouched as error:  # it would have none the next time either
+        named = [str(one) for one in methods]
+        raise RequestError("accelerators", named, f"ones that can work here: {error}") from error
+
+
+def _told(pipeline: Any, network: Any) -> Callable[..., Any]:
+    """Return the pipeline's choice of timesteps, which also tells the network how many are left where a picture is given."""
+    from dit.seams import announce
+
+    inner = pipeline.get_timesteps
+
+    def get_timesteps(*args: Any, **kwargs: Any) -> Any:
+        found = inner(*args, **kwargs)
+        left = found[1] if isinstance(found, tuple) and len(found) == 2 else None
+        if isinstance(left, int) and left > 0:
+            announce(network, steps=left)
+        return found
+
+    return get_timesteps
 
 
 def reported(runs: dict[str, Any], calls: int) -> dict[str, Any]:
@@ -60,4 +86,17 @@ def reported(runs: dict[str, Any], calls: int) -> dict[str, Any]:
     if not reports:
         return {"run": {"calls": calls}, "summary": f"exact - {calls} calls"}
     found = {"run": reports[0].to_dict(), "summary": "; ".join(one.summary() for one in reports)}
-    return found | ({"run_2": reports[1].to_dict()} if len(reports) > 1 else {})
+    found |= {"run_2": reports[1].to_dict()} if len(reports) > 1 else {}
+    return found | ({"warnings": _idle(runs)} if runs else {})
+
+
+def _idle(runs: dict[str, Any]) -> list[str]:
+    """Return in words that accelerators were on and saved nothing, as a warm-up of all steps does."""
+    reports = [one.report() for one in runs.values()]
+    saved = any(one.reused or one.forecast or one.sparse or one.merged for one in reports)
+    on = any(not method.neutral for one in runs.values() for method in one.methods)
+    if saved or not on:
+        return []
+    steps = sum(one.steps for one in reports)
+    told = dict.fromkeys(line for one in reports for line in one.effective)
+    return [f"nothing was saved in {steps} step{'s' * (steps != 1)}: {'; '.join(told)}"]

@@ -122,6 +122,8 @@ def load(path: Path) -> Profile:
         ) from None
     except RequestError:
         raise
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise RequestError("profile", str(path), "a file written by leapfrog tune (it holds no JSON)") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RequestError(
             "profile", str(path), f"a whole profile ({type(error).__name__}: {error})"

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.metadata import FRAMES_JSON, KEY, file_text
-from pipelines.request import WITHHELD, Request, model_name
+from pipelines.request import WITHHELD, Request, RequestError, model_name
 from pipelines.video_files import FORMATS, FPS, LOSSY, encode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from pipelines.catalog import Card
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS = {
@@ -31,6 +33,7 @@ _WORDS = {
     errno.ENOENT: "the folder does not exist",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EEXIST: "the file is there already, and nothing is overwritten unless asked for",
+    errno.EISDIR: "a folder is in its place, which is not replaced",
 }
 
 
@@ -314,6 +317,17 @@ def _free(folder: Path, stem: str, taken: list[Path]) -> Path:
     raise SaveError(folder / f"{stem}.png", FileExistsError(errno.EEXIST, "all numbers are taken"))
 
 
+def check_ending(path: Path | None, card: Card) -> None:
+    """Check before the work that a model makes what a file's ending says. Raises: RequestError."""
+    ending = "" if path is None else path.suffix.lower()
+    if ending in FORMATS and ending != ".png" and card.task != "text-to-video":
+        raise RequestError(
+            "output",
+            str(path),
+            f"a file that ends in .png: {card.name} makes still pictures, and this is for clips",
+        )
+
+
 def check_target(path: Path | None, *, overwrite: bool = False, pictures: int = 1) -> None:
     """Check before the work that so many pictures can be saved at `path` (a file, a folder, None for the current one).
 
@@ -323,10 +337,12 @@ def check_target(path: Path | None, *, overwrite: bool = False, pictures: int = 
     path = Path() if path is None else path
     inside = path.is_dir() and path.suffix.lower() not in FORMATS
     folder = path if inside else path.parent
-    for target in () if inside or overwrite else _named(path, pictures):
+    for target in () if inside else _named(path, pictures):
         for one in (target, target.with_suffix(".json")):
-            if one.exists():
+            if one.exists() and not overwrite:
                 raise SaveError(one, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
+            if one.is_dir() and not (one.suffix.lower() == ".frames" and _own_folder(one)):
+                raise SaveError(one, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     trial = folder / f".leapfrog-{os.getpid()}-{secrets.token_hex(4)}.part"
     try:
         with trial.open("xb"):

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 FORMATS = {".png": "animated PNG", ".mp4": "MP4", ".gif": "GIF", ".frames": "folder of PNG frames"}
 """What a clip can be saved as, by the ending of its name."""
+OTHERS = (
+    ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".ico", ".pdf",
+    ".svg", ".apng", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv",
+)  # fmt: skip
+"""Endings of other files, which are not written: a result would be called otherwise than it was asked for."""
 LOSSY = (".mp4", ".gif")
 """Formats whose frames are not exactly those that were made."""
 FRAME_LIMIT, PIXEL_LIMIT, BYTE_LIMIT = 1000, 400_000_000, 500_000_000

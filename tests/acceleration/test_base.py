@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
+import threading
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +62,9 @@ def test_the_report_has_what_was_asked_beside_what_happened(toy: Any) -> None:
         (lambda net: (net, DeltaCache(last_block=6)), "there is no block 6: Toy has blocks 0 to 5"),
         (lambda net: (net, "delta-cache"), r"takes accelerators such as DeltaCache\(\), got str"),
         (lambda net: ("toy", DeltaCache()), "takes a transformer .*, got str"),
+        (lambda net: (SimpleNamespace(transformer=net), DeltaCache()), "as in pipeline.transformer"),
+        (lambda net: (net, DeltaCache), r"such as DeltaCache\(\), got the class DeltaCache"),
+        (lambda net: (net, [DeltaCache()]), "got list of them: give one after the other"),
         (lambda net: (torch.compile(net), DeltaCache()), "is compiled as a whole.*compile_repeated_blocks"),
     ],
 )
@@ -67,6 +74,60 @@ def test_what_cannot_work_is_refused_in_words_at_entry(toy: Any, make: Any, word
         pass
     assert refusal(transformer, *methods) is not None
     assert refusal(toy.model, DeltaCache()) is None
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_is_accelerated_is_not_copied(toy: Any, copied: Any) -> None:
+    """A copy would go on calling the blocks of the original, whatever became of its own weights."""
+    pipeline = SimpleNamespace(transformer=toy.model)
+    with accelerated(toy.model, DeltaCache(mode="rear"), steps=10) as run:
+        for one in (toy.model, pipeline):
+            if one is toy.model or copied is not copy.copy:
+                with pytest.raises(
+                    RuntimeError, match="Toy is accelerated and cannot be copied or pickled now"
+                ):
+                    copied(one)
+        toy.run()
+    assert run.report().reused > 0
+    copied(toy.model)
+    other = copy.deepcopy(toy.model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not torch.equal(other(toy.x, 1.0), toy.model(toy.x, 1.0))
+
+
+def test_two_threads_at_the_same_time_are_told_apart(toy: Any) -> None:
+    plain, inside, free, found = toy.run(), threading.Event(), threading.Event(), []
+
+    def hold(*_: Any) -> None:
+        inside.set()
+        assert free.wait(120)
+
+    with accelerated(toy.model, DeltaCache(interval=1), steps=10) as run:
+        handle = toy.model.blocks[2].register_forward_hook(hold)
+        thread = threading.Thread(target=lambda: found.append(toy.run()))
+        thread.start()
+        assert inside.wait(120)
+        with pytest.raises(RuntimeError, match="two threads call Toy at the same time"):
+            toy.run(1)
+        handle.remove()
+        free.set()
+        thread.join(120)
+        toy.run()  # one after the other is fine
+    assert all(torch.equal(a, b) for a, b in zip(plain, found[0], strict=True))
+    report = run.report()
+    assert (report.calls, {cell["states"] for cell in report.cells}) == (20, {"CCCCCC"})
+
+
+def test_more_steps_than_were_told_are_noted(toy: Any) -> None:
+    with accelerated(toy.model, DeltaCache(), steps=4) as run:
+        toy.run(10)
+    (note,) = run.report().notes
+    assert note.startswith("the run has more timesteps than the 4 steps that were told")
+    with accelerated(toy.model, DeltaCache(), steps=10) as run:
+        toy.run(10)
+    assert not run.report().notes
 
 
 def test_a_model_compiled_in_place_is_refused(toy: Any) -> None:

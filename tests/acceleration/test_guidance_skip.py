@@ -180,6 +180,17 @@ def test_truncated_guidance_and_a_shrinking_batch(guided: Guided) -> None:
     assert all(torch.allclose(found[step], plain[step][1:], atol=1e-6) for step in range(6, STEPS))
 
 
+@pytest.mark.parametrize("begin", [0, 3])
+def test_guiders_of_diffusers_name_the_branches_and_may_begin_late(guided: Guided, begin: int) -> None:
+    with accelerated(guided.model, GuidanceSkip(), steps=STEPS) as run:
+        for step in range(STEPS):
+            for name in ("cond", "uncond")[: 1 + (step >= begin)]:
+                announce(guided.model, branch=f"pred_{name}")
+                guided.call(step, name)
+    spared = [cell["step"] for cell in run.report().cells if cell.get("unconditional") == "reused"]
+    assert spared == ([3, 5, 7] if begin == 0 else [5, 7])
+
+
 def test_nothing_is_silent(guided: Guided) -> None:
     def alone() -> None:
         with accelerated(guided.model, GuidanceSkip(), steps=STEPS):

@@ -23,10 +23,9 @@ from dit.mixers.proxy import (
     pool,
     pool_reference,
     window_attention_reference,
-    window_mask,
 )
 from dit.model import Context
-from dit.partition import Window
+from dit.partition import Window, heard, window_mask
 from dit.spec import kinds, parse
 
 GRIDS = [Grid(1, 8, 8), Grid(1, 5, 7), Grid(3, 6, 5), Grid(1, 2, 2)]
@@ -112,6 +111,66 @@ def test_tokens_of_other_windows_have_no_weight_at_all() -> None:
     near = (box == box[14]).all(1)
     assert torch.equal(gradient[0].any(1), near)
     assert 1 < near.sum() < grid.tokens
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_shifted_windows_are_one_gather(batch: int) -> None:
+    """The same as rolling and boxing, whatever comes with a token, and gradients come back to where tokens were."""
+    grid = Grid(2, 5, 7)
+    window, x = Window(grid, (1, 4, 4), shifted=True), tokens(grid, 6, batch).requires_grad_()
+    rolled = window.lattice(x).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, window.length, 6)
+    parts = window.split(x)
+    assert torch.equal(parts, rolled)
+    assert torch.equal(window.split(x.unflatten(2, (2, 3))), rolled.unflatten(2, (2, 3)))
+    weight = torch.randn(parts.shape, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad((parts * weight).sum(), x)
+    assert torch.equal(gradient, window.join(weight))
+
+
+def test_the_mask_of_shifted_windows_is_made_once_in_numbers() -> None:
+    device, window = torch.device("cpu"), Window(Grid(1, 6, 6), (1, 4, 4), shifted=True)
+    with torch.inference_mode():
+        mask = window_mask(window, 2, device)
+    assert mask is not None
+    assert window_mask(window, 2, device) is mask
+    near = heard(window.mask(), 2)
+    assert near is not None
+    assert torch.equal(mask == 0, near)
+    assert torch.equal(mask == -torch.inf, ~near)
+    other = window_mask(window, 1, device, torch.bfloat16)
+    assert other is not None
+    assert (other.dtype, len(other)) == (torch.bfloat16, 4)
+    plain = window_mask(Window(Grid(1, 6, 6), (1, 4, 4)), 2, device)
+    assert plain is not None
+    assert plain.dtype == torch.bool  # keys that are not there: accelerators read them
+    again = window_mask(window, 2, device)
+    assert again is not mask  # one is kept, not all there ever were
+    attn = WindowAttention(Proxy(), 16, 2)
+    attn(tokens(window.grid), window, mask).sum().backward()  # made in inference, used in training
+    assert attn.to_q.weight.grad is not None
+
+
+@pytest.mark.parametrize("some", [1, 40, 1000])  # a window at a time, two, all
+def test_windows_may_be_attended_to_some_at_a_time(some: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid(1, 9, 14)
+    module, context = mixer(grid)
+    filled(module)
+    x, calls = tokens(grid), []
+    monkeypatch.setattr("dit.mixers.proxy._SOME_TOKENS", some)
+    monkeypatch.setattr(module.shift_attn, "processor", _counted(module.shift_attn.processor, calls))
+    together = module(x, context=context)
+    assert calls == [24]  # with gradients: all windows of both samples
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, context=context), together)
+    assert calls[1:] == {1: [1] * 24, 40: [2] * 12, 1000: [24]}[some]
+
+
+def _counted(processor: Any, calls: list[int]) -> Any:
+    def count(attn: nn.Module, hidden_states: Tensor, *rest: Any) -> Any:
+        calls.append(len(hidden_states))
+        return processor(attn, hidden_states, *rest)
+
+    return count
 
 
 # Proxies

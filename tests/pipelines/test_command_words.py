@@ -86,6 +86,106 @@ def test_a_format_that_is_not_written_is_refused_before_the_work(name: str, run:
     )
 
 
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("name", ["still.mp4", "still.GIF", "still.frames"])
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_still_picture_is_not_saved_as_a_clip(
+    name: str, more: tuple[str, ...], run: Run, tiny: str
+) -> None:
+    code, _, err = run("generate", "a cat", "--model", tiny, "--output", name, *more)
+    assert code == 1
+    assert "output must be a file that ends in .png: " in err
+    assert "makes still pictures, and this is for clips" in err
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_folder_where_the_file_would_go_is_told_before_the_work(run: Run, tiny: str) -> None:
+    Path("cat.png").mkdir()
+    Path("dog.json").mkdir()
+    Path("full.frames").mkdir()
+    (Path("full.frames") / "mine.txt").write_text("mine")
+    for name in ("cat.png", "dog.png", "full.frames"):
+        code, _, err = run("generate", "a cat", "--model", tiny, "--output", name, "--overwrite")
+        assert code == 3
+        assert "a folder is in its place, which is not replaced" in err
+    code, _, err = run("generate", "a cat", "--model", tiny, "--output", "new/")
+    assert code == 1
+    assert "output must be a folder that is there, or a file" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--output", "-"), "output must be a file or a folder"),
+        (("--output", ""), "output must be a file or a folder"),
+        (("--image", ""), "image must be given, or the option left out; got ''"),
+        (("--mask", ""), "mask must be given, or the option left out; got ''"),
+        (("--profile", " "), "profile must be given, or the option left out; got ' '"),
+        (("--steps", ""), "steps must be given, or the option left out; got ''"),
+        (("--profile", "torn.json"), "profile must be a file written by leapfrog tune (it holds no JSON)"),
+        (("--seed", "-1"), "seed must be a whole number from 0 to 9007199254740991; got '-1'"),
+        (("--guidance", "-1"), "guidance must be a number from 0 to 50 or none; got '-1'"),
+    ],
+)
+def test_what_is_given_is_told_as_it_was_written(
+    more: tuple[str, ...], words: str, run: Run, tiny: str
+) -> None:
+    Path("torn.json").write_text("no JSON")
+    code, _, err = run("generate", "a cat", "--model", tiny, *more)
+    assert code == 1
+    assert words in err
+
+
+def test_a_model_of_one_size_says_so(run: Run) -> None:
+    code, _, err = run("generate", "a dog", "--size", "72", "--dry-run")
+    assert code == 1
+    assert err == "leapfrog: width must be 64 px, the only size for emoji; got 72\n"
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_dry_run_looks_at_the_place_of_the_result(run: Run, tiny: str) -> None:
+    Path("cat.png").write_text("mine")
+    code, _, err = run("generate", "a cat", "--model", tiny, "--output", "cat.png", "--dry-run")
+    assert code == 3
+    assert "there already" in err
+    assert run("generate", "a cat", "--model", tiny, "--output", "dog.png", "--dry-run")[0] == 0
+
+
+def test_a_batch_names_files_that_it_will_not_write(run: Run, tiny: str, clips: str) -> None:
+    rows = [
+        {"prompt": "a cat", "model": tiny, "output": "a.png"},
+        {"prompt": "a cat", "model": tiny, "seed": 1, "output": "b.mp4"},
+        {"prompt": "a cat", "model": tiny, "seed": 2, "output": "c.jpg"},
+        {"prompt": "a cat", "model": clips, "output": "d.mp4"},
+    ]
+    Path("m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2] + rows[3:]))
+    code, _, err = run("batch", "plan", "m.jsonl", "--output", "o")
+    assert code == 1
+    assert "1 problem" in err
+    assert "line 2" in err
+    assert "makes still pictures" in err
+    Path("m.jsonl").write_text(json.dumps(rows[2]) + "\n")
+    code, _, err = run("batch", "plan", "m.jsonl", "--output", "o")
+    assert code == 1
+    assert "c.jpg" in err
+
+
+def test_a_batch_names_folders_and_empty_files_in_the_place_of_pictures(run: Run, tiny: str) -> None:
+    Path("pictures").mkdir()
+    Path("empty.png").write_bytes(b"")
+    rows: list[dict[str, str]] = [
+        {"image": "pictures"}, {"image": "empty.png"}, {"control": "edges=."}, {"control": "edges=empty.png"},
+        {"lora": "./pictures"},
+    ]  # fmt: skip
+    Path("m.jsonl").write_text(
+        "".join(json.dumps({"prompt": "a cat", "model": tiny} | row) + "\n" for row in rows)
+    )
+    code, _, err = run("batch", "plan", "m.jsonl", "--output", "o")
+    assert code == 1
+    assert "5 problems" in err
+    assert (err.count("it is a folder"), err.count("it is empty")) == (3, 2)
+
+
 def test_the_path_to_a_local_model_is_asked_for(run: Run, tiny: str) -> None:
     assert run("generate", "a cat", "--model", tiny, "--steps", "1", "--output", "cat.png")[0] == 0
     code, _, err = run("repro", "cat.png")

@@ -47,6 +47,28 @@ def test_bad_pictures_are_refused_before_weights_load(
         assert refused(asked.replace(controls=(text,)), monkeypatch)
 
 
+def test_a_folder_in_place_of_a_file_is_told_in_words(
+    place: Path, asked: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "empty.png").write_bytes(b"")
+    pic, here = place / "pic.png", str(place)
+    region = f"{place}/style.safetensors:1,region={here}"
+    for field, value, words in (
+        ("controls", f"edges={here}", "a readable PNG, JPEG, WebP or BMP picture (is a directory)"),
+        ("controls", f"edges={pic}:1,region={here}", "(is a directory)"),
+        ("controls", f"{here}={pic}", "an adapter that is there: a .safetensors file"),
+        ("loras", region, "(is a directory)"),
+        ("loras", here, "an adapter that is there: a .safetensors file"),
+    ):
+        told = refused(asked.replace(**{field: (value,)}), monkeypatch)
+        assert words in told
+        assert "Errno" not in told
+    told = refused(asked.replace(image=str(pic), mask=here, strength=1.0), monkeypatch)
+    assert "the mask must be a readable PNG, JPEG, WebP or BMP picture (is a directory)" in told
+    told = refused(asked.replace(controls=(f"edges={place}/empty.png",)), monkeypatch)
+    assert "it is empty" in told
+
+
 def test_adapters_that_do_not_fit_are_refused_before_weights_load(
     place: Path, asked: Request, folder_of: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

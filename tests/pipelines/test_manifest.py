@@ -166,7 +166,7 @@ def test_files_outside_the_folder_are_never_named(name: str, tmp_path: Path) -> 
 
 def test_another_folder_may_be_allowed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "out.png").write_bytes(b"")
+    (tmp_path / "out.png").write_bytes(b"p")
     path = lines(tmp_path / "in", {"prompt": "a cat", "image": "../out.png"})
     assert read_manifest(path, roots=[tmp_path]).entries[0].request["image"] == str(
         tmp_path.resolve() / "out.png"
