@@ -141,21 +141,25 @@ class Window(Partition):
 
     def lattice(self, x: Tensor) -> Tensor:
         """[B, N, ...] -> [B, boxes, places, boxes, places, boxes, places, ...] by frames, rows, columns; a view if it can be."""
-        x = x.unflatten(1, (self.grid.frames, self.grid.height, self.grid.width))
-        return self._cut(self._fill(x))
+        return self._cut(self._roll(self._fill(x)))
 
     def split(self, x: Tensor) -> Tensor:
-        rest = tuple(range(7, x.dim() + 5))
-        boxed = self.lattice(x).permute(0, 1, 3, 5, 2, 4, 6, *rest)  # [B, boxes x 3, places x 3, ...]
+        if any(self._steps()):  # one gather: rolling copies once for every axis, boxing once more
+            boxed = _rows(self._fill(x).flatten(1, 3), self._order(x.device))
+        else:
+            boxed = self._beside(self.lattice(x))
         return boxed.reshape(len(x) * self.groups, self.length, *x.shape[2:])
 
     def join(self, x: Tensor) -> Tensor:
-        rest = tuple(range(7, x.dim() + 5))
-        boxed = x.reshape(-1, *self.boxes, *self.window, *x.shape[2:]).permute(0, 1, 4, 2, 5, 3, 6, *rest)
-        sides = [count * side for count, side in zip(self.boxes, self.window, strict=True)]
-        x = boxed.reshape(len(boxed), *sides, *x.shape[2:])
+        rest = x.shape[2:]
         if any(self._steps()):
-            x = x.roll(self._steps(), (1, 2, 3))
+            order = self._order(x.device)
+            back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+            x = _rows(x.reshape(-1, len(order), *rest), back)
+        else:
+            axes = (0, 1, 4, 2, 5, 3, 6, *range(7, x.dim() + 5))
+            x = x.reshape(-1, *self.boxes, *self.window, *rest).permute(axes)
+        x = x.reshape(-1, *self._sides(), *rest)
         if self.padded:
             x = x[:, : self.grid.frames, : self.grid.height, : self.grid.width]
         return x.flatten(1, 3)
@@ -164,13 +168,12 @@ class Window(Partition):
         there = self.split(torch.ones(1, self.tokens, dtype=torch.bool, device=device)) if self.padded else None
         if not any(self._steps()):
             return None if there is None else there.unsqueeze(1)
-        sides = [count * side for count, side in zip(self.boxes, self.window, strict=True)]
         around = [
             torch.arange(side, device=device) >= side - step
-            for side, step in zip(sides, self._steps(), strict=True)
+            for side, step in zip(self._sides(), self._steps(), strict=True)
         ]
         part = 4 * around[0][:, None, None] + 2 * around[1][:, None] + around[2]  # [F, H, W] of the shifted grid
-        part = self._cut(part.unsqueeze(0)).permute(0, 1, 3, 5, 2, 4, 6).reshape(self.groups, self.length)
+        part = self._beside(self._cut(part.unsqueeze(0))).reshape(self.groups, self.length)
         near = part.unsqueeze(1) == part.unsqueeze(2)  # [G, M, M]
         return near if there is None else near & there.unsqueeze(1)
 
@@ -179,20 +182,43 @@ class Window(Partition):
         f, h, w = (side // 2 if along else 0 for side, along in zip(self.window, moved, strict=True))
         return f, h, w
 
+    def _sides(self) -> tuple[int, int, int]:
+        """Sides of the grid once it is filled up to whole boxes."""
+        f, h, w = (count * side for count, side in zip(self.boxes, self.window, strict=True))
+        return f, h, w
+
     def _fill(self, x: Tensor) -> Tensor:
-        """Pad a grid [B, F, H, W, ...] to whole boxes, and shift it."""
-        if self.padded:
-            short = [
-                count * side - have
-                for count, side, have in zip(self.boxes, self.window, x.shape[1:4], strict=True)
-            ]
-            x = F.pad(x, (0, 0) * (x.dim() - 4) + (0, short[2], 0, short[1], 0, short[0]))
+        """[B, N, ...] -> [B, F, H, W, ...], whole boxes, zero where no token stands."""
+        x = x.unflatten(1, (self.grid.frames, self.grid.height, self.grid.width))
+        if not self.padded:
+            return x
+        short = [side - have for side, have in zip(self._sides(), x.shape[1:4], strict=True)]
+        return F.pad(x, (0, 0) * (x.dim() - 4) + (0, short[2], 0, short[1], 0, short[0]))
+
+    def _roll(self, x: Tensor) -> Tensor:
         return x.roll([-step for step in self._steps()], (1, 2, 3)) if any(self._steps()) else x
+
+    def _order(self, device: torch.device) -> Tensor:
+        """Return where in the filled grid the place stands that is next in the boxes, [G * M]."""
+        places = torch.arange(self.groups * self.length, device=device).reshape(1, *self._sides())
+        return self._beside(self._cut(self._roll(places))).flatten()
 
     def _cut(self, x: Tensor) -> Tensor:
         for axis in range(3):
             x = x.unflatten(1 + 2 * axis, (self.boxes[axis], self.window[axis]))
         return x
+
+    @staticmethod
+    def _beside(lattice: Tensor) -> Tensor:
+        """[B, boxes, places, boxes, places, boxes, places, ...] -> [B, boxes x 3, places x 3, ...], a view."""
+        return lattice.permute(0, 1, 3, 5, 2, 4, 6, *range(7, lattice.dim()))
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """[B, P, ...] -> the same with the rows of each sample in this order [P]."""
+    if len(x) > 1:
+        order = (order + len(order) * torch.arange(len(x), device=x.device)[:, None]).flatten()
+    return x.flatten(0, 1).index_select(0, order).reshape(x.shape)
 
 
 def heard(mask: Tensor | None, batch: int) -> Tensor | None:
@@ -204,3 +230,32 @@ def heard(mask: Tensor | None, batch: int) -> Tensor | None:
         return None
     mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask.repeat(batch, 1, 1).unsqueeze(1)
+
+
+def window_mask(
+    window: Window, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor | None:
+    """Return who hears whom in the windows, [B * G, 1, 1 or M, M], or None for all.
+
+    True where a key is heard; but on a CPU, whose attention would turn the mask of shifted windows into numbers in every
+    call, the numbers of this `dtype` to add to the scores. The last such mask is kept, unless it is over 64 MB.
+    """
+    global _kept
+    if device.type != "cpu" or not window.shifted or torch.compiler.is_compiling():
+        return heard(window.mask(device), batch)
+    key = (window, batch, dtype)
+    kept = _kept  # read once: other threads may put another in its place
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    with torch.inference_mode(False):  # what inference made could not be used in training
+        near = heard(window.mask(device), batch)
+        if near is None or near.shape[2] == 1:
+            return near
+        added = torch.zeros(near.shape, dtype=dtype, device=device).masked_fill_(~near, -torch.inf)
+    if added.nbytes <= _KEPT_BYTES and type(added) is Tensor:  # not a stand-in of a tracer
+        _kept = (key, added)
+    return added
+
+
+_KEPT_BYTES = 2**26
+_kept: tuple[tuple[Window, int, torch.dtype], Tensor] | None = None

@@ -25,10 +25,10 @@ from dit.grid import Grid
 from dit.layers import PatchEmbed, PatchOut, PlainNorm
 from dit.ledger import Part, part
 from dit.mixers.full import Mixer
-from dit.mixers.proxy import Proxy, ProxyTokens, WindowAttention, window_mask, zero_linear
+from dit.mixers.proxy import Proxy, ProxyTokens, WindowAttention, zero_linear
 from dit.model import Backbone, Context, register_block, register_specs
 from dit.modulation import SHARED, AdaLNSingle, modulate
-from dit.partition import Window
+from dit.partition import Window, window_mask
 from dit.positions import sincos_3d
 from dit.spec import parse
 
@@ -37,7 +37,7 @@ CONVENTIONS = ("flow", "release")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Windows:
-    """The two partitions of a call, and who hears whom in them, [B * G, 1, 1 or M, M] or None."""
+    """The two partitions of a call, and who hears whom in them: see `window_mask`."""
 
     plain: Window
     shifted: Window
@@ -256,7 +256,10 @@ class PTDiT(Backbone):
         time = self.embed_time(timestep, dtype, hidden_states, added_cond_kwargs)  # [B, D] or [B, N, D]
         plain, shifted = Window(grid, self.window), Window(grid, self.window, shifted=True)
         windows = Windows(
-            plain, shifted, window_mask(plain, batch, device), window_mask(shifted, batch, device)
+            plain,
+            shifted,
+            window_mask(plain, batch, device, dtype),
+            window_mask(shifted, batch, device, dtype),
         )
         temb = temb_shifted = self.modulation_shared(time)
         if self.config.mixed_times and time.dim() == 2 and batch > 1:

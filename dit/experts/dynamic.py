@@ -176,7 +176,7 @@ class DynamicPerceptron(nn.Module):
         answers = self._some(tokens, groups)
         if rows is None:
             return answers
-        return x.new_zeros(x.shape[0] * x.shape[1], x.shape[2]).index_copy(0, rows, answers).view(x.shape)
+        return x.new_zeros(x.shape[0] * x.shape[1], x.shape[2]).index_copy_(0, rows, answers).view(x.shape)
 
     def macs(self, rows: int, text: int = 0) -> int:
         """Return the multiply-accumulates of the complete perceptron and the token gate."""

@@ -23,10 +23,11 @@ from dit.layers import PlainNorm
 from dit.ledger import macs_of
 from dit.mixers.full import FullMixer, Mixer, heads_of
 from dit.model import Context
-from dit.partition import Window, heard
+from dit.partition import Window, window_mask
 from dit.spec import knob, spec
 
 Choice = Literal["mean", "corner", "random"]
+_SOME_TOKENS = 1024  # attended to at a time on a CPU; 512 to 2048 differ little
 
 
 @spec("proxy", paper="Qihoo-T2X, arXiv:2409.04005")
@@ -236,14 +237,27 @@ class WindowAttention(Attention):
         **kwargs: Any,
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]; `attention_mask` is that of `window_mask`, `rotary` the table of one window."""
-        inner = window.split(hidden_states)  # [B * G, M, D]
-        out: Tensor = super().forward(inner, None, attention_mask, rotary, **kwargs)
-        return window.join(out)
+        return _within(self, hidden_states, window, attention_mask, rotary, **kwargs)
 
     def macs_on(self, grid: Grid, text: int = 0) -> int:
         """Return the multiply-accumulates for one sample of `grid`."""
         window = Window(grid, self.sides)
         return window.groups * Attention.macs(self, window.length)
+
+
+def _within(
+    attn: Attention, x: Tensor, window: Window, mask: Tensor | None, rotary: Rotary | None, **kwargs: Any
+) -> Tensor:
+    """Softmax attention of x [B, N, D] within windows, by the weights of `attn` -> [B, N, D].
+
+    Without gradients a CPU takes some windows at a time, whose queries, keys and values stay in its caches.
+    """
+    pieces = x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or kwargs)
+    some = max(1, _SOME_TOKENS // window.length) if pieces else len(x) * window.groups
+    parts = window.split(x).split(some)  # each [windows, M, D]
+    both = zip(parts, [None] * len(parts) if mask is None else mask.split(some), strict=True)
+    out = [Attention.forward(attn, part, None, near, rotary, **kwargs) for part, near in both]
+    return window.join(torch.cat(out) if len(out) > 1 else out[0])
 
 
 def window_attention_reference(
@@ -256,11 +270,6 @@ def window_attention_reference(
     near = (box[:, None] == box[None]).all(-1)  # [N, N]
     out: Tensor = Attention.forward(attn, x, None, near, rotary)
     return out
-
-
-def window_mask(window: Window, batch: int, device: torch.device) -> Tensor | None:
-    """Return who hears whom in the windows, [B * G, 1, 1 or M, M], or None for all."""
-    return heard(window.mask(device), batch)
 
 
 class ProxyMixer(Attention):
@@ -311,7 +320,7 @@ class ProxyMixer(Attention):
         )
         if self.shift_attn is not None and self.shift_out is not None:
             moved = Window(context.grid, self.sides, shifted=True)
-            mask = window_mask(moved, len(image), image.device)
+            mask = window_mask(moved, len(image), image.device, image.dtype)
             table = _window_table(context.rotary, moved)
             near = self.shift_attn(
                 self.norm_shift(image + out), moved, mask, table, **_gates(context, image, moved)
@@ -340,9 +349,8 @@ class ProxyMixer(Attention):
         return self.macs_on(Grid(frames, height, width * -(-image // math.prod(self.sides))), text)
 
     def _near(self, x: Tensor, window: Window, rotary: Rotary | None, **kwargs: Any) -> Tensor:
-        mask = window_mask(window, len(x), x.device)
-        inner = window.split(x)
-        return window.join(super().forward(inner, None, mask, _window_table(rotary, window), **kwargs))
+        mask = window_mask(window, len(x), x.device, x.dtype)
+        return _within(self, x, window, mask, _window_table(rotary, window), **kwargs)
 
 
 def _gates(context: Context, x: Tensor, window: Window) -> dict[str, Tensor]:
