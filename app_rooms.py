@@ -6,6 +6,7 @@ The script is given to the page by an event, because a browser runs none that st
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,21 @@ KEPT = 4000
 """Served copies that are known at once."""
 
 _copies: OrderedDict[tuple[str, int, int], str] = OrderedDict()
+_copying = threading.Lock()
 
 
 def address(path: Path) -> str:
     """Return the address of a served copy of a file, the same bytes, copied once while it stays as it is. Raises: OSError."""
     state = path.stat()
     mark = (str(path), state.st_mtime_ns, state.st_size)
-    known = _copies.get(mark)
-    if known is None or not Path(known).is_file():
-        known = served(path)
-    _copies[mark] = known
-    _copies.move_to_end(mark)
-    while len(_copies) > KEPT:
-        _copies.popitem(last=False)
+    with _copying:
+        known = _copies.get(mark)
+        if known is None or not Path(known).is_file():
+            known = served(path)
+        _copies[mark] = known
+        _copies.move_to_end(mark)
+        while len(_copies) > KEPT:
+            _copies.popitem(last=False)
     return f"gradio_api/file={quote(known)}"
 
 
