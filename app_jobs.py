@@ -171,7 +171,10 @@ class Jobs:
         return _joined(rows)
 
     def start(self) -> None:
-        """Start what works on the ledger, if it does not run yet."""
+        """Start what works on the ledger, if it does not run yet, or have it look for new jobs at once."""
+        worker = self._worker
+        if worker is not None:
+            worker.look()
         with self._guard:
             if self._closed.is_set() or self._thread is not None or self._pool is not None:
                 return

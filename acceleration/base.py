@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from acceleration._adapters import adapters_of
+from acceleration._adapters import Adapters
 from acceleration._calls import Call, Control, Reached
 from acceleration._outputs import Outputs
 from acceleration._report import RunReport
@@ -108,7 +108,7 @@ class Run:
         self._outputs = Outputs()
         self._generation = 0
         self._looked: tuple[int, int] | None = None  # the step at which the adapters were looked at
-        self._adapters: tuple[Any, ...] = ()
+        self._adapters, self._adapted = Adapters(transformer), ()  # type: Adapters, tuple[Any, ...]
         self._steps_seen = 0
         self._kept: dict[tuple[int, str, int], tuple[Any, Any]] = {}
 
@@ -235,8 +235,8 @@ class Run:
 
     def _look(self, moment: Moment) -> None:
         """Drop what is stored if the adapters have changed since the last step."""
-        found, before, self._looked = adapters_of(self.transformer), self._adapters, (moment.run, moment.step)
-        self._adapters = found
+        found, before, self._looked = self._adapters.now(), self._adapted, (moment.run, moment.step)
+        self._adapted = found
         if self._kept and found != before:
             self._kept.clear()
             self.note("the adapters changed during a run; nothing of the steps before was used after that")
@@ -327,6 +327,7 @@ def accelerated(
         stack.enter_context(uncopied(transformer))
         stack.enter_context(seams.named_contexts(transformer, run.clock))
         stack.callback(run._end)
+        stack.enter_context(run._adapters.followed())
         stack.enter_context(seams.around_calls(transformer, run._enter, run._leave))
         stack.callback(transformer.register_forward_hook(run._outputs.returned).remove)
         for method in sorted(methods, key=lambda one: -one.depth):

@@ -68,6 +68,7 @@ class Worker:
         name: unique among the workers of the ledger.
         seconds: length of a lease; heartbeats push it on.
         latents: where latents lie until their picture is safe; by default beside the ledger.
+        pause: s between two looks for jobs while there are none.
     """
 
     def __init__(
@@ -87,11 +88,16 @@ class Worker:
         self.latents = ledger.path.parent / "latents" if latents is None else latents
         self.model, self.job = "", None  # type: str, Job | None
         self._make, self._compare = make, compare
-        self._stopping = threading.Event()
+        self._stopping, self._called = threading.Event(), threading.Event()
 
     def stop(self) -> None:
         """Ask it to end: a running job is given back within a step. May be called from any thread."""
         self._stopping.set()
+        self._called.set()
+
+    def look(self) -> None:
+        """Say that there is a new job, so that it is not found only at the next look. May be called from any thread."""
+        self._called.set()
 
     def run(self, until_empty: bool = False) -> int:
         """Work until stopped, or until nothing waits or runs any more; return how many jobs were finished here.
@@ -120,7 +126,8 @@ class Worker:
             counts = self.ledger.counts(batch=self.batch)
             if until_empty and not counts["waiting"] + counts["running"]:
                 break
-            self._stopping.wait(self.pause)
+            self._called.wait(self.pause)
+            self._called.clear()
         if self.batch is not None and not self._stopping.is_set():
             sweep(self.ledger, self.batch)
         return finished

@@ -27,17 +27,23 @@ METHODS = [DeltaCache(interval=3, warmup=1, mode="whole"), TaylorCache(interval=
            TaylorCache(interval=3, warmup=1, level="modules")]  # fmt: skip
 
 
-class Adapted:
-    """A tiny Wan with two LoRAs, and a run on it that may change them on the way."""
+def put_in(model: Any, name: str) -> None:
+    torch.manual_seed(ord(name))
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    model.add_adapter(config, adapter_name=name)
 
-    def __init__(self) -> None:
+
+class Adapted:
+    """A tiny Wan with some LoRAs, and a run on it that may change them on the way."""
+
+    def __init__(self, *names: str) -> None:
         torch.manual_seed(0)
         self.model = WanTransformer3DModel(**WAN).eval()
-        for name in ("a", "b"):
-            config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
-            self.model.add_adapter(config, adapter_name=name)
         self.x, self.text = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 5, 16)
-        self.model.set_adapters("a")
+        for name in names:
+            put_in(self.model, name)
+        if names:
+            self.model.set_adapters(names[0])
 
     @torch.no_grad()
     def run(self, changes: dict[int, Any] | None = None, first: int = 0) -> list[Tensor]:
@@ -50,20 +56,22 @@ class Adapted:
         return outputs
 
 
-CHANGES = {
+CHANGES: dict[str, Any] = {
     "another": lambda model: model.set_adapters("b"),
     "strength": lambda model: model.set_adapters(["a"], [0.3]),
     "off": lambda model: model.disable_lora(),
     "deleted": lambda model: model.delete_adapters("a"),
+    "first": lambda model: put_in(model, "a"),
+    "unloaded": lambda model: model.unload_lora(),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_another_adapter_during_a_run_starts_anew(method: Any, change: str) -> None:
-    adapted = Adapted()
-    exact = adapted.run({5: CHANGES[change]})
-    adapted = Adapted()
+    names = () if change == "first" else ("a", "b")
+    exact = Adapted(*names).run({5: CHANGES[change]})
+    adapted = Adapted(*names)
     with accelerated(adapted.model, method, steps=STEPS) as run:
         found = adapted.run({5: CHANGES[change]})  # a step that would have been shortened
     states = [cell["states"] for cell in run.report().cells]
@@ -75,7 +83,7 @@ def test_another_adapter_during_a_run_starts_anew(method: Any, change: str) -> N
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_another_adapter_between_two_runs(method: Any) -> None:
-    adapted = Adapted()
+    adapted = Adapted("a", "b")
     adapted.model.set_adapters("b")
     with accelerated(adapted.model, method, steps=STEPS):
         expected = adapted.run()

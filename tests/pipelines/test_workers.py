@@ -145,6 +145,32 @@ def test_a_stopped_worker_gives_its_job_back(ledger: Ledger, tmp_path: Path) -> 
     assert (back.state, back.tries) == ("waiting", 0)
 
 
+def test_a_worker_that_is_told_of_a_job_does_not_wait_for_its_next_look(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle, made, counts = threading.Event(), threading.Event(), ledger.counts
+
+    def counted(**which: Any) -> dict[str, int]:
+        idle.set()
+        return counts(**which)
+
+    def make(request: Request, on_step: Any = None) -> Result:
+        made.set()
+        return drawn(request, on_step)
+
+    monkeypatch.setattr(ledger, "counts", counted)
+    worker = Worker(ledger, make=make, batch="b", pause=3600.0)
+    thread = threading.Thread(target=worker.run, daemon=True)
+    thread.start()
+    assert idle.wait(120)  # it has found nothing
+    ledger.add(items(tmp_path / "out", 1))
+    worker.look()
+    assert made.wait(120)
+    worker.stop()
+    thread.join(120)
+    assert not thread.is_alive()
+
+
 def test_heartbeats_hold_a_lease_through_a_long_step(ledger: Ledger, tmp_path: Path) -> None:
     ledger.add(items(tmp_path / "out", 1))
 
