@@ -20,7 +20,7 @@ from acceleration import DeltaCache, accelerated
 from benchmarks.machine import RESULTS, interleaved, record, write_json
 
 NEUTRAL = DeltaCache(interval=1)
-STEPS = 8
+STEPS = 28
 
 
 class Idle(nn.Module):
@@ -120,7 +120,7 @@ def main() -> None:
     """Measure, print, and write benchmarks/results/overhead.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="emoji", help="a text-to-image preset of dit.presets")
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
     figures: dict[str, Any] = {"bookkeeping": bookkeeping(given.rounds)}
     for name, (transformer, inputs) in transformers(given.preset).items():
