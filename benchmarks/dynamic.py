@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import record, write_json
 from dit.backbones.dit import DiTBlock
 from dit.experts.dynamic import Dynamic, complete
 from dit.grid import Grid
-from dit.ledger import _uncounted
+from dit.ledger import counted
 from dit.mixers.full import Full
 from dit.model import Context
 from dit.modulation import AdaLNZero
@@ -81,8 +80,8 @@ def measure(name: str, tokens: int, share: float, repeats: int) -> dict[str, Any
                 if turn:
                     times[kind].append(time.process_time() - began)
     taken = {kind: statistics.median(found) for kind, found in times.items()}
-    counted = {kind: _flops(made, kind, x, emb, context) for kind in KINDS[:2]}
-    ratio, all_of_it = taken["compact"] / taken["complete"], counted["compact"] / counted["complete"]
+    macs = {kind: _macs(made, kind, x, emb, context) for kind in KINDS[:2]}
+    ratio, all_of_it = taken["compact"] / taken["complete"], macs["compact"] / macs["complete"]
     routed = (taken["compact"] - taken["compact beside"]) / (taken["complete"] - taken["complete beside"])
     return {
         "size": name, "tokens": side * side, "heads": some_heads, "channels": some_groups, "tokens_kept": round(kept, 3),
@@ -110,11 +109,10 @@ def as_kind(made: DiTBlock, kind: str) -> Iterator[None]:
         yield
 
 
-def _flops(made: DiTBlock, kind: str, *given: Any) -> int:
-    counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
-    with torch.no_grad(), as_kind(made, kind), counter:
-        made(*given)
-    return int(counter.get_total_flops())
+def _macs(made: DiTBlock, kind: str, x: Tensor, emb: Tensor, context: Context) -> int:
+    given = {"hidden_states": x, "temb": emb, "context": context}
+    with as_kind(made, kind):
+        return counted(made, given, tokens=x.shape[1]).macs
 
 
 def _logits(made: DiTBlock, x: Tensor, emb: Tensor, context: Context) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pipelines.calls import default_of
 from pipelines.request import Request, RequestError
+
+if TYPE_CHECKING:
+    from acceleration.base import RunReport
 
 NAMES = ("transformer", "transformer_2")
 
@@ -87,12 +90,11 @@ def reported(runs: dict[str, Any], calls: int) -> dict[str, Any]:
         return {"run": {"calls": calls}, "summary": f"exact - {calls} calls"}
     found = {"run": reports[0].to_dict(), "summary": "; ".join(one.summary() for one in reports)}
     found |= {"run_2": reports[1].to_dict()} if len(reports) > 1 else {}
-    return found | ({"warnings": _idle(runs)} if runs else {})
+    return found | {"warnings": _idle(runs, reports)}
 
 
-def _idle(runs: dict[str, Any]) -> list[str]:
+def _idle(runs: dict[str, Any], reports: Sequence[RunReport]) -> list[str]:
     """Return in words that accelerators were on and saved nothing, as a warm-up of all steps does."""
-    reports = [one.report() for one in runs.values()]
     saved = any(one.reused or one.forecast or one.sparse or one.merged for one in reports)
     on = any(not method.neutral for one in runs.values() for method in one.methods)
     if saved or not on:
