@@ -22,6 +22,8 @@ from dit.embeddings import Rotary, rotate
 from dit.layers import HeadNorm, cut, sliceable
 from dit.ledger import macs_of
 
+MOST_KEYS = 512
+"""Keys up to which training on a processor in bfloat16 writes its scores out."""
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -29,16 +31,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, proce
     """Softmax attention of q [B, N, K, head size] over k, v [B, M, K, head size] -> [B, N, K, head size].
 
     `mask` is boolean and broadcastable to [B, K, N, M], True where a key may be heard. `processor` carries the backend that
-    `set_attention_backend` chose.
+    `set_attention_backend` chose. Where gradients of few keys are wanted on a processor in bfloat16, it is two matrix products:
+    torch's fused backward takes three to six times as long there.
     """
+    backend = getattr(processor, "_attention_backend", None)
+    if backend is None and q.requires_grad and _slow_backward(q, k):
+        return _two_products(q, k, v, mask)
     out: Tensor = dispatch_attention_fn(
         q,
         k,
         v,
         attn_mask=mask,
-        backend=getattr(processor, "_attention_backend", None),
+        backend=backend,
     )  # where ranks share the sequence, dit.context_parallel stands around this call, not diffusers' exchange inside it
     return out
+
+
+def _slow_backward(q: Tensor, k: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] <= MOST_KEYS
+
+
+def _two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same as `attend`, with the scores [B, K, N, M] in memory."""
+    q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.bool(), float("-inf"))
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
 class JointProcessor:
