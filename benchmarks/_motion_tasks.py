@@ -74,7 +74,7 @@ def _bytes(clips: torch.Tensor) -> Frames:
 
 
 def drawn(
-    count: int, seed: int, *, kind: str = "any", held_out: bool = False
+    count: int, seed: int, *, kind: str = "any", held_out: bool = False, world: str = "full"
 ) -> tuple[list[Clip], list[str]]:
     """Draw clips and their captions; `kind`: "any", "single" (one thing), "wall" (which hides it), or "turn" (it comes back)."""
     clips: list[Clip] = []
@@ -83,7 +83,7 @@ def drawn(
     while len(clips) < count:
         dice = np.random.default_rng(place)
         place += 1
-        script = write_script(dice, held_out=held_out, single=kind != "any")
+        script = write_script(dice, held_out=held_out, single=kind != "any", world=world)
         caption = write_caption(script, dice)
         clip = film(script, dice, frames=FRAMES)
         fits = {"any": True, "single": True, "wall": script.wall, "turn": bool(turns(clip).any())}[kind]
@@ -227,7 +227,7 @@ def came_out(frames: Frames, clip: Clip) -> dict[str, float]:
 
 
 def stories(
-    maker: Maker, count: int, seed: int, *, scenes: int = 3
+    maker: Maker, count: int, seed: int, *, scenes: int = 3, world: str = "full"
 ) -> tuple[dict[str, Any], Frames, list[list[str]]]:
     """Tell stories of unrelated scenes; return what of scene i shows caption i, with and without captions of their own."""
     told, plain, real, scripts, texts = [], [], [], [], []
@@ -235,7 +235,7 @@ def stories(
     for _ in range(count):
         row: list[Script] = []
         while len(row) < scenes:
-            script = write_script(np.random.default_rng(place), single=True)
+            script = write_script(np.random.default_rng(place), single=True, world=world)
             place += 1
             if not script.wall:
                 row.append(script)

@@ -50,15 +50,21 @@ def load(model: Path, transformer: Path | None = None) -> Any:
     return pipeline
 
 
-def judged(maker: Maker, count: int, sheets: Path | None = None) -> dict[str, Any]:
-    """Return every figure of a model from about `count` clips a task; draw sheets where a folder is given."""
+def world_of(model: Path) -> str:
+    """Return the world that a shipped model has learnt, as its card tells."""
+    card = json.loads((model / "card.json").read_text(encoding="utf-8"))
+    return str(card.get("world", "full"))
+
+
+def judged(maker: Maker, count: int, sheets: Path | None = None, world: str = "full") -> dict[str, Any]:
+    """Return every figure of a model from about `count` clips a task of a `world`; draw sheets where a folder is given."""
     figures: dict[str, Any] = {}
     for name, kind, held_out in (
         ("held_out", "single", True),
         ("learnt", "single", False),
         ("several", "any", True),
     ):
-        clips, captions = drawn(count, SEED, kind=kind, held_out=held_out)
+        clips, captions = drawn(count, SEED, kind=kind, held_out=held_out, world=world)
         figures[name], made = captions_right(maker, clips, captions, SEED)
         _told(name, figures[name])
         if sheets is not None:
@@ -72,7 +78,7 @@ def judged(maker: Maker, count: int, sheets: Path | None = None) -> dict[str, An
         ("wall", hidden, "wall"),
     )
     for name, task, kind in tasks:
-        clips, captions = drawn(max(2, count // 2), SEED + 1_000_000, kind=kind)
+        clips, captions = drawn(max(2, count // 2), SEED + 1_000_000, kind=kind, world=world)
         figures[name], made = task(maker, clips, captions, SEED)
         _told(name, figures[name])
         if sheets is not None:
@@ -83,7 +89,7 @@ def judged(maker: Maker, count: int, sheets: Path | None = None) -> dict[str, An
                 for row in ((f"real: {caption}", clip.frames), ("made", one))
             ]
             sheet(rows[:16]).save(sheets / f"{name}.png")
-    figures["stories"], made, texts = stories(maker, max(2, count // 4), SEED)
+    figures["stories"], made, texts = stories(maker, max(2, count // 4), SEED, world=world)
     _told("stories", figures["stories"])
     if sheets is not None:
         sheet([(" | ".join(text), one) for text, one in zip(texts, made, strict=True)][:8], every=2).save(
@@ -176,13 +182,14 @@ def main() -> None:
         "guidance": given.guidance,
         "given": GIVEN,
         "scene_frames": SCENE,
+        "world": world_of(given.model),
     }
     result: dict[str, Any] = record() | {"settings": settings, "models": {}}
     others = dict(one.partition("=")[::2] for one in given.also)
     for name, folder in {"motion": None, **others}.items():
         pipeline = load(given.model, None if folder is None else Path(folder))
         maker = Maker(pipeline, given.steps, given.guidance)
-        figures = judged(maker, given.count, given.sheets if folder is None else None)
+        figures = judged(maker, given.count, given.sheets if folder is None else None, settings["world"])
         size = {
             "parameters": sum(one.numel() for one in pipeline.transformer.parameters()),
             "seconds": seconds(pipeline),

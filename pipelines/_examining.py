@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import _clipping, controls
 from pipelines.request import RequestError
+
+if TYPE_CHECKING:
+    from pipelines.catalog import Card
 
 
 def add_commands(commands: Any) -> None:
@@ -66,7 +69,7 @@ def _models(options: argparse.Namespace) -> int:
 
     cards = catalog.shipped()
     rows = [
-        f"{name}\t{card.width}x{card.height} px\t{card.task}\t{card.title or card.summary}"
+        f"{name}\t{_size(card)}\t{card.task}\t{card.summary if card.title in ('', name) else card.title}"
         for name, card in cards.items()
     ]
     rows.append(
@@ -76,6 +79,11 @@ def _models(options: argparse.Namespace) -> int:
         options, "\n".join(rows), {"models": {name: dataclasses.asdict(card) for name, card in cards.items()}}
     )
     return cli.DONE
+
+
+def _size(card: Card) -> str:
+    frames = card.more.get("frames")
+    return f"{card.width}x{card.height} px" + (f", {frames} frames" if isinstance(frames, int) else "")
 
 
 def _doctor(options: argparse.Namespace) -> int:

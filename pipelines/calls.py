@@ -82,9 +82,9 @@ def perform(pipeline: Any, given: dict[str, Any]) -> Any:
 def runs_of(pipeline: Any, given: dict[str, Any]) -> int:
     """Return how often the denoising loop runs: once, or for each window of a clip or further scene of a story."""
     if "overlap" in given:
-        from pipelines.long_clips import windows
+        from pipelines.long_clips import layout
 
-        return len(windows(given["num_frames"], given["window"], given["overlap"]))
+        return len(layout(pipeline, **given))
     if takes(pipeline, "scene_frames"):
         from pipelines.story_to_video import runs_of as runs_of_story
 

@@ -130,10 +130,8 @@ def find(model: str) -> Source:
             return Source(model, "folder", path.resolve())
         if path.is_file():
             header = check_weights(path)
-            raise ModelError(
-                model,
-                f"holds {len(header.tensors)} tensors and no pipeline; give the folder of the whole model",
-            )
+            words = f"holds {len(header.tensors)} tensors and no pipeline; give the folder of the whole model"
+            raise ModelError(model, words)
     except (OSError, ValueError) as error:
         raise error if isinstance(error, ModelError) else ModelError(model, "is no usable path") from None
     if _HUB_ID.match(model) and ".." not in model:
@@ -365,6 +363,9 @@ def _derived(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
         found["task"] = "text-to-video"
     if isinstance(transformer.get("frames"), int) and name in OWN:
         found["frames"] = transformer["frames"] * transformer.get("scenes", 1)
+    if name == "TextToVideoPipeline":  # as the pipeline's own property says
+        hears = transformer.get("context_dim") and not transformer.get("pooled_dim")
+        found["tells_scenes"] = bool(hears) and transformer.get("conditioning", "replace") == "replace"
     side = transformer.get("sample_size")
     if isinstance(side, int) and name in OWN:
         found |= {"width": side * factor, "height": side * factor}

@@ -1,7 +1,8 @@
 """How a request for a clip is said to a pipeline: given frames, masks, prompts over time, windows, scenes and their seeds.
 
 Paper: VDT, Lu et al. 2023, arXiv:2305.13311 (tasks as masks); Mask^2DiT, Qi et al. 2025, arXiv:2503.19881 (scenes).
-Differs: a clip longer than the network was made for is made by overlapping windows, unless the request's window is as long.
+Differs: a clip longer than the network was made for is made by overlapping windows, unless the request's window is as long; a VDT
+that hears its captions by cross-attention tells stories too, a caption a scene.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from pipelines.request import Request, RequestError
 from pipelines.schedule import Part, length_of, read_numbers, read_prompts, spread
 
 _OURS = ("window", "overlap", "window_seeds", "scene_frames", "task", "mask")
+STRENGTH = Request(prompt="-").strength
+"""What nobody has asked for."""
+LONGEST = 1000
+"""Most frames of a clip."""
 
 
 def clip_arguments(pipeline: Any, request: Request, card: Card, inputs: Inputs) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def clip_arguments(pipeline: Any, request: Request, card: Card, inputs: Inputs) 
     if takes(pipeline, "scene_frames"):
         return _story(request, inputs)
     if takes(pipeline, "given_latents"):
-        return _clip(pipeline, request, inputs)
+        return _clip(pipeline, request, card, inputs)
     return _foreign(pipeline, request, card, inputs)
 
 
@@ -56,17 +61,72 @@ def check_clip(request: Request, card: Card) -> None:
                     f"{count} scenes",
                     f"at most one for each of the {captions} captions: no scene goes without",
                 )
-    elif request.scene_frames is not None:
+    elif request.scene_frames is not None and not card.more.get("tells_scenes"):
         raise RequestError("scene_frames", request.scene_frames, f"left out: {card.name} tells no stories")
     trained = card.more.get("frames")
-    if request.prompts is not None and not story:
-        frames = request.frames or length_of(read_prompts(request.prompts)) or trained
-        if isinstance(frames, int):
-            spread(read_prompts(request.prompts), frames)
-    if request.window is not None and not story and request.window > (request.frames or trained or 1000):
-        raise RequestError(
-            "window", request.window, f"at most the {request.frames or trained} frames of the clip"
+    if card.pipeline == "TextToVideoPipeline":
+        _check_own(request)
+    if not story:
+        parts = _parts(request, bool(card.more.get("tells_scenes")))
+        frames = frames_of(request, card)
+        if parts is not None and isinstance(frames, int):
+            spread(parts, frames)
+        if request.window is not None and request.window > (frames or trained or LONGEST):
+            raise RequestError(
+                "window", request.window, f"at most the {frames or trained} frames of the clip"
+            )
+
+
+def frames_of(request: Request, card: Card) -> int | None:
+    """Return how many frames a clip will have, None where only the loaded model knows. Raises: RequestError, see `_lengths`."""
+    scenes = bool(card.more.get("tells_scenes"))
+    parts = _parts(request, scenes)
+    lengths = _lengths(request, card, parts) if scenes else None
+    if lengths is not None:
+        return sum(lengths)
+    trained = card.more.get("frames")
+    return (
+        request.frames
+        or (length_of(parts) if parts else None)
+        or (trained if isinstance(trained, int) else None)
+    )
+
+
+def _check_own(request: Request) -> None:
+    """Check what a `TextToVideoPipeline` is given beside a prompt. Raises: RequestError."""
+    if request.last_image is not None and request.image is None:
+        raise RequestError("image", None, "given with a last picture: a first frame, maybe with a last one")
+    if request.image is not None and request.strength != STRENGTH:
+        raise RequestError("strength", request.strength, "left out: a clip keeps its first frame as it is")
+
+
+def _parts(request: Request, scenes: bool) -> tuple[Part, ...] | None:
+    """Return the prompts over time; where a model tells scenes, a prompt "a | b" is two too."""
+    if request.prompts is not None:
+        return read_prompts(request.prompts)
+    return read_prompts(request.prompt) if scenes and "|" in request.prompt else None
+
+
+def _lengths(request: Request, card: Card, parts: tuple[Part, ...] | None) -> list[int] | None:
+    """Return the frames of each scene of a clip, None where they are not counted by scenes. Raises: RequestError."""
+    wanted, own = _numbers(request, "scene_frames"), card.more.get("scene_frames")
+    if wanted is None:
+        counted = parts is None or len(parts) == 1 or parts[0].start is not None or request.frames is not None
+        return None if parts is None or counted or not isinstance(own, int) else [own] * len(parts)
+    if parts is None or parts[0].start is not None or request.frames is not None:
+        words = (
+            "given with captions, a | b"
+            if parts is None
+            else "left out where the frames are counted otherwise"
         )
+        raise RequestError("scene_frames", request.scene_frames, words)
+    wanted = wanted * len(parts) if len(wanted) == 1 else wanted
+    if len(wanted) != len(parts):
+        allowed = f"one number, or at most one for each of the {len(parts)} captions: no scene goes without"
+        raise RequestError("scene_frames", f"{len(wanted)} scenes", allowed)
+    if sum(wanted) > LONGEST:
+        raise RequestError("scene_frames", request.scene_frames, f"at most {LONGEST} frames together")
+    return wanted
 
 
 def _numbers(request: Request, name: str) -> list[int] | None:
@@ -111,57 +171,100 @@ def _story(request: Request, inputs: Inputs) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _clip(pipeline: Any, request: Request, inputs: Inputs) -> dict[str, Any]:
+def _clip(pipeline: Any, request: Request, card: Card, inputs: Inputs) -> dict[str, Any]:
     trained = int(pipeline.transformer.config.frames)
-    parts = None if request.prompts is None else read_prompts(request.prompts)
-    frames = request.frames or (length_of(parts) if parts else None) or trained
+    scenes = bool(getattr(pipeline, "tells_scenes", False))
+    parts = _parts(request, scenes)
+    lengths = _lengths(request, card, parts) if scenes else None
+    frames = sum(lengths or ()) or request.frames or (length_of(parts) if parts else None)
+    if frames is None:  # of a clip of which a part is made anew, all frames come
+        frames = len(inputs.clip) if request.task == "region" or inputs.mask is not None else trained
     found: dict[str, Any] = {"num_frames": frames, "last_image": inputs.last_image}
     if inputs.clip:
-        found |= {"video": list(inputs.clip), "task": _task(pipeline, request, inputs, frames)}
+        found |= {"video": _shown(request, inputs, frames), "task": _task(pipeline, request, inputs, frames)}
     seeds = _numbers(request, "window_seeds")
-    window = min(request.window or trained, frames)
-    if parts is not None:
-        found["prompt"] = parts[0].text
-    if window == frames and request.overlap is None:
-        if parts is not None and len(parts) > 1:
-            if not getattr(pipeline, "tells_scenes", False):
-                raise RequestError(
-                    "prompts",
-                    f"{len(parts)} parts",
-                    f"one: {frames} frames are made at once; give a window of fewer frames",
-                )
-            segments = spread(parts, frames)  # scenes of one clip, each with a caption of its own
-            found["prompt"] = [text for _, _, text in segments]
-            found["caption_frames"] = [end - start for start, end, _ in segments]
-        if seeds is not None and len(seeds) > 1:
-            raise RequestError("window_seeds", seeds, f"one: {frames} frames are made at once")
-        return found | {"seeds": seeds or [request.seed]}
-    return found | _windows(request, frames, window, parts, seeds)
+    segments = None if parts is None else _segments(parts, lengths, frames)
+    longest = _longest(card, trained) if scenes and segments is not None and len(segments) > 1 else trained
+    window = min(request.window or longest, frames)
+    if segments is not None:
+        found["prompt"] = segments[0][2]
+    if window < frames or request.overlap is not None:
+        size = {
+            "height": request.height or card.height,
+            "width": request.width or card.width,
+            "image": inputs.image,
+        }
+        return found | _windows(pipeline, request, found | size, window, segments, seeds)
+    if segments is not None and len(segments) > 1:
+        if not scenes:
+            allowed = f"one: {frames} frames are made at once; give a window of fewer frames"
+            raise RequestError("prompts", f"{len(segments)} parts", allowed)
+        found["prompt"] = [
+            text for _, _, text in segments
+        ]  # scenes of one clip, each with a caption of its own
+        found["caption_frames"] = [end - start for start, end, _ in segments]
+    if seeds is not None and len(seeds) > 1:
+        raise RequestError("window_seeds", seeds, f"one: {frames} frames are made at once")
+    return found | {"seeds": seeds or [request.seed]}
+
+
+def _segments(parts: tuple[Part, ...], lengths: list[int] | None, frames: int) -> list[tuple[int, int, str]]:
+    if lengths is None:
+        return spread(parts, frames)
+    ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
+    return [(end - length, end, one.text) for one, length, end in zip(parts, lengths, ends, strict=True)]
+
+
+def _longest(card: Card, trained: int) -> int:
+    """Return how many frames of a story a network was trained to tell at once."""
+    scenes, length = card.more.get("scenes"), card.more.get("scene_frames")
+    return max(trained, scenes * length) if isinstance(scenes, int) and isinstance(length, int) else trained
+
+
+def _shown(request: Request, inputs: Inputs, frames: int) -> list[Any]:
+    """Return the frames of a clip that are given: all of one as long as what is made, of another those that the task says."""
+    clip = list(inputs.clip)
+    if len(clip) == frames:
+        return clip
+    if request.given is not None:
+        return clip[: request.given] if request.task == "predict" else clip[-request.given :]
+    if request.task == "first-last":
+        return [clip[0], clip[-1]]
+    return clip[:1] if request.task == "image" and request.keyframes is None else clip
 
 
 def _windows(
-    request: Request, frames: int, window: int, parts: tuple[Part, ...] | None, seeds: list[int] | None
+    pipeline: Any,
+    request: Request,
+    given: dict[str, Any],
+    window: int,
+    segments: list[tuple[int, int, str]] | None,
+    seeds: list[int] | None,
 ) -> dict[str, Any]:
     """Return what `pipelines.long_clips.long_clip` takes more. Raises: RequestError, also for a prompt that no window hears."""
-    from pipelines.long_clips import windows
+    from pipelines.long_clips import layout
 
+    scenes = segments is not None and len(segments) > 1
+    told = scenes and bool(getattr(pipeline, "tells_scenes", False))
     overlap = window // 2 if request.overlap is None else request.overlap
-    plan = windows(frames, window, overlap)
+    if told and segments is not None and request.window is None and request.overlap is None:
+        longest = max(end - start for start, end, _ in segments)
+        overlap = window - longest if longest < window else overlap  # so that a window makes a scene
+    plan = layout(pipeline, **(given | {"window": window, "overlap": overlap}))
     if seeds is not None and len(seeds) not in (1, len(plan)):
         raise RequestError("window_seeds", seeds, f"one, or one for each of the {len(plan)} windows")
     found: dict[str, Any] = {"window": window, "overlap": overlap, "seeds": seeds or [request.seed]}
-    if parts is not None and len(parts) > 1:
-        segments = spread(parts, frames)
-        news = [start + known for start, known in plan]
-        for start, end, text in segments:
-            if not any(start <= new < end for new in news):
-                raise RequestError(
-                    "prompts", text, f"heard by a window: windows of {window} frames hear the prompts at the frames"
-                    f" {', '.join(map(str, news))}, and this one is for {start} to {end - 1}; give fewer prompts, more frames,"
-                    " or a shorter window",
-                )  # fmt: skip
-        found["prompt"] = segments
-    return found
+    if segments is None or not scenes:
+        return found
+    news = [one.new.start for one in plan]
+    for start, end, text in () if told else segments:
+        if not any(start <= new < end for new in news):
+            raise RequestError(
+                "prompts", text, f"heard by a window: windows of {window} frames hear the prompts at the frames"
+                f" {', '.join(map(str, news))}, and this one is for {start} to {end - 1}; give fewer prompts, more frames,"
+                " or a shorter window",
+            )  # fmt: skip
+    return found | {"prompt": segments}
 
 
 def _task(pipeline: Any, request: Request, inputs: Inputs, frames: int) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.catalog import Card, Unavailable, device_for, dtype_for
+from pipelines.clip_calls import frames_of
 from pipelines.request import Request, RequestError
 
 LAYER_COPIES = 24
@@ -41,7 +42,7 @@ class Estimate:
 def estimate(request: Request, card: Card, folder: Path) -> Estimate | None:
     """Return what a request's clip takes, None where its size is not known before the model is loaded."""
     config = _config(folder / "transformer" / "config.json")
-    frames = request.frames or card.more.get("frames")
+    frames = frames_of(request, card)
     wide, high = request.width or card.width, request.height or card.height
     if not isinstance(frames, int) or wide is None or high is None:
         return None
@@ -77,7 +78,7 @@ def check_memory(request: Request, card: Card, folder: Path) -> None:
     needed = found.total if device == "cpu" else found.weights + found.network
     if needed <= room:
         return
-    frames = request.frames or int(card.more.get("frames") or 1)
+    frames = frames_of(request, card) or 1
     per_frame = (found.frames + found.network) / frames
     fits = int((room - found.weights) / per_frame) if room > found.weights else 0
     what = f"at most {fits} frames of this size" if fits else "fewer frames of a smaller size"

@@ -45,7 +45,7 @@ class Task:
                 raise RequestError(
                     "task",
                     None,
-                    f"one of {', '.join(TASKS)}, or a mask given: all frames came, so nothing is left to make",
+                    f"one of {', '.join(TASKS)}, or a mask or more frames asked for: all frames came, so nothing is left to make",
                 )
             name = "unconditional" if shown is None else "predict"
         if (shown is None) != (name == "unconditional"):
@@ -127,6 +127,16 @@ def tensor_of(video: Any, height: int, width: int, channels: int) -> Tensor:
         allowed = f"frames of {channels} channels, {height} x {width} px"
         raise RequestError("video", tuple(np.shape(video)), allowed)
     return found
+
+
+def frames_of(video: Any) -> int:
+    """Return how many frames a clip of a form of `tensor_of` has."""
+    if isinstance(video, Image.Image):
+        return 1
+    if isinstance(video, list | tuple):
+        return len(video[0]) if video and isinstance(video[0], list | tuple) else len(video)
+    shape = np.shape(video)
+    return int(shape[-4]) if len(shape) >= 4 else 0
 
 
 def _array(picture: Any, height: int, width: int, channels: int) -> np.ndarray:

@@ -187,7 +187,7 @@ def _picture(request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch) ->
         effective = _effective(pipeline, request, given, loaded)
         if loaded.card.task == "text-to-video":
             effective["fps"] = fps_of(pipeline, request, loaded.card, inputs)
-        warnings = noted.pop("warnings", []) + _cut_prompt(pipeline, request.prompt, given)
+        warnings = [*inputs.notes, *noted.pop("warnings", []), *_cut_prompt(pipeline, request.prompt, given)]
     frames, failures = finished(output)
     frames = frames if inputs.inpainting is None else inputs.inpainting.finished(frames)
     if request.frames not in (None, len(frames)):

@@ -37,6 +37,8 @@ class Inputs:
     digests: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     steering: Any = None
     inpainting: Any = None
+    notes: tuple[str, ...] = ()
+    """What to tell of how they were read."""
 
 
 NOTHING = Inputs()
@@ -46,8 +48,9 @@ def read_inputs(request: Request, card: Card) -> Inputs:
     """Open the files of a request. Raises: RequestError for one that is not readable, too large or of another shape."""
     digests: dict[str, dict[str, str]] = {}
     pictures = {}
+    notes: list[str] = []
     for name in ("image", "last_image"):
-        pictures[name], digest = read_image(getattr(request, name), name)
+        pictures[name], digest = read_image(getattr(request, name), name, notes)
         if digest is not None:
             digests[name] = digest
     clip: list[Image] = []
@@ -59,11 +62,16 @@ def read_inputs(request: Request, card: Card) -> Inputs:
         found, _ = read_clip(request.mask, field="mask")
         digests["mask"] = _noted(request.mask, found)
         mask = _read_mask(request, card, found, clip)
-    return Inputs(pictures["image"], pictures["last_image"], tuple(clip), fps, mask, digests)
+    return Inputs(pictures["image"], pictures["last_image"], tuple(clip), fps, mask, digests, notes=tuple(notes))
 
 
-def read_image(path: str | None, field: str = "image") -> tuple[Image | None, dict[str, str] | None]:
+def read_image(
+    path: str | None, field: str = "image", notes: list[str] | None = None
+) -> tuple[Image | None, dict[str, str] | None]:
     """Open a starting picture: of an animation its first frame, turned upright, transparency on white, 16 bits brought to 8.
+
+    Args:
+        notes: what is to be told of it is added here.
 
     Raises: RequestError, before anything large is decoded.
     """
@@ -76,13 +84,14 @@ def read_image(path: str | None, field: str = "image") -> tuple[Image | None, di
         if file.stat().st_size > BYTE_LIMIT:
             raise RequestError(field, path, f"a file of at most {BYTE_LIMIT // 1_000_000} MB")
         data = file.read_bytes()
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP")) as opened:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as opened:
             if opened.width * opened.height > PIXEL_LIMIT:
                 raise RequestError(
                     field,
                     f"{opened.width}x{opened.height}",
                     f"at most {PIXEL_LIMIT // 1_000_000} million pixels",
                 )
+            frames = int(getattr(opened, "n_frames", 1))
             picture = _rgb(ImageOps.exif_transpose(opened))
     except RequestError:
         raise
@@ -92,11 +101,17 @@ def read_image(path: str | None, field: str = "image") -> tuple[Image | None, di
         words = str(error)
         if isinstance(error, UnidentifiedImageError):
             words = "no picture is recognised in it" if data else "it is empty"
+            if data[4:8] == b"ftyp" or data[:4] == b"\x1aE\xdf\xa3":
+                words = "it is a film: give one of its frames, or give it as the clip of a model of clips"
         elif isinstance(error, FileNotFoundError):
             words = "there is no such file"
+        elif isinstance(error, IsADirectoryError):
+            words = "it is a folder: give one of its pictures, or give it as the clip of a model of clips"
         elif isinstance(error, OSError) and error.strerror:
             words = error.strerror.lower()
-        raise RequestError(field, path, f"a readable PNG, JPEG, WebP or BMP picture ({words})") from None
+        raise RequestError(field, path, f"a readable PNG, JPEG, WebP, BMP or GIF picture ({words})") from None
+    if frames > 1 and notes is not None:
+        notes.append(f"{field}: of the {frames} frames of {file.name} the first was taken")
     return picture, {"name": file.name, "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -128,7 +143,7 @@ def _read_mask(request: Request, card: Card, frames: list[Image], clip: list[Ima
     wide, high = request.width or card.width, request.height or card.height
     if wide is None or high is None:
         wide, high = clip[0].size
-    made = request.frames or card.more.get("frames") or len(clip)
+    made = request.frames or len(clip)
     if mask.shape[1:] != (high, wide) or mask.shape[0] not in (1, made):
         allowed = f"of shape 1 or {made} frames x {high} x {wide} px, as the clip that is made"
         raise RequestError("mask", " x ".join(map(str, mask.shape)), allowed)

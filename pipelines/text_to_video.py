@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit.segments import joined_captions
 from pipelines import autoencoder
-from pipelines.clips import Task, placed, tensor_of
+from pipelines.clips import Task, frames_of, placed, tensor_of
 from pipelines.denoising import Callback, Inputs, check_choice, make_loadable, pictures
 from pipelines.request import GUIDANCE_MODES, RequestError
 from pipelines.schedulers import is_flow
@@ -48,16 +48,6 @@ class Shown:
     pixels: Tensor | None
     latents: Tensor
     mask: Tensor
-
-    def padded(self, frames: int) -> Shown:
-        """Return the same of a clip of `frames` frames, of whose further ones nothing is given."""
-        more = frames - self.mask.shape[0]
-        mask = torch.cat([self.mask, self.mask.new_ones(more, *self.mask.shape[1:])])
-        pixels = self.pixels
-        if pixels is not None:
-            pixels = torch.cat([pixels, pixels.new_zeros(len(pixels), more, *pixels.shape[2:])], dim=1)
-        empty = self.latents.new_zeros(*self.latents.shape[:2], more, *self.latents.shape[3:])
-        return Shown(pixels, torch.cat([self.latents, empty], dim=2), mask)
 
     def paste(self, clips: Tensor) -> Tensor:
         """Put what was given back into clips [B, F, C, H, W] in 0..1."""
@@ -128,11 +118,8 @@ class TextToVideoPipeline(TextToImagePipeline):
             raise RequestError("num_frames", frames, "at least 1")
         count = 1 if caption_frames is not None else _count(texts, labels, seeds, generator)
         generators = self._generators(count, seeds, generator)
-        about = task if isinstance(task, Task) else Task(name=task, mask=mask)
-        if isinstance(task, Task) and mask is not None:
-            raise RequestError("mask", "a mask", "inside the Task that is given")
-        video, about = _frames_first(video, image, last_image, about)
-        shown = self._shown(video, given_latents, about, count, (frames, height, width))
+        size = (frames, height, width)
+        shown = self.shown(video, image, last_image, given_latents, task, mask, count, size)
         guided = texts is not None or labels is not None
         self._guidance_scale = float((4.0 if guided else 1.0) if guidance_scale is None else guidance_scale)
         self._check_guidance(guided, guide_frames and shown is not None)
@@ -276,10 +263,27 @@ class TextToVideoPipeline(TextToImagePipeline):
                 inputs |= {key: like(both[key]) for key, like in nothing.items() if key in both}
         return kept
 
-    def _shown(
-        self, video: Any, latents: Tensor | None, task: Task, count: int, size: tuple[int, int, int]
-    ) -> Shown | None:
-        """Return what is given, or None where nothing is. Raises: RequestError for frames that do not fit task or sizes."""
+    def about(
+        self, video: Any, image: Any, last_image: Any, latents: Tensor | None, task: str | Task | None, mask: Any
+    ) -> tuple[Task, int | None]:
+        """Return what the call's arguments mean, and how many frames they give (None: nothing is). Raises: RequestError."""
+        if isinstance(task, Task) and mask is not None:
+            raise RequestError("mask", "a mask", "inside the Task that is given")
+        about = task if isinstance(task, Task) else Task(name=task, mask=mask)
+        video, about = _frames_first(video, image, last_image, about)
+        came = None if latents is None else int(latents.shape[2])
+        return about, came if video is None else frames_of(video)
+
+    def shown(
+        self, video: Any, image: Any, last_image: Any, latents: Tensor | None, task: str | Task | None, mask: Any, count: int,
+        size: tuple[int, int, int],
+    ) -> Shown | None:  # fmt: skip
+        """Return what the call's arguments give of `count` clips of a size (frames, height, width); None where nothing is given.
+
+        Raises: RequestError for frames that do not fit task or sizes.
+        """
+        task, _ = self.about(video, image, last_image, latents, task, mask)
+        video, _ = _frames_first(video, image, last_image, task)
         frames, height, width = size
         scale = self.scale_factor
         pixels = None if video is None else tensor_of(video, height, width, self._picture_channels())

@@ -32,8 +32,6 @@ HELD_OUT = tuple((colour, list(SHAPES)[place % len(SHAPES)]) for place, colour i
 """Pairs of colour and shape that no training scene has: one of every colour."""
 BACKGROUNDS = ((24, 26, 34), (96, 100, 108))
 WALL = (236, 236, 238)
-RADII = {"small": 5.0, "medium": 7.0, "large": 10.0}
-"""Pixels from centre to edge; medium goes unsaid."""
 SPEEDS = {"slow": 1.0, "medium": 1.75, "fast": 2.75}
 """Pixels a frame; medium goes unsaid."""
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -44,7 +42,37 @@ PAN, ZOOM, GRAVITY, RESTITUTION = (
     0.35,
     0.85,
 )  # px a frame, share a frame, px a frame^2, share of speed kept
-LINES, INK = 16.0, 14.0  # px between the faint lines of the ground, and how much lighter they are
+LINES = 16.0  # px between the faint lines of the ground
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What may happen, and how often.
+
+    Attributes:
+        kinds: how often a scene is plain, has a wall, a moving camera, a fall. things: how often it has one, two or three.
+        radii: px from centre to edge by size; medium goes unsaid. hidden: speeds of what passes behind a wall.
+        ink: how much lighter the lines of the ground are, of 0..255; 0 for none.
+    """
+
+    kinds: dict[str, float]
+    things: tuple[float, ...]
+    radii: dict[str, float]
+    hidden: tuple[str, ...]
+    ink: float
+
+
+WORLDS = {
+    "full": World(
+        kinds={"plain": 0.61, "wall": 0.13, "camera": 0.13, "fall": 0.13}, things=(0.55, 0.33, 0.12),
+        radii={"small": 5.0, "medium": 7.0, "large": 10.0}, hidden=("medium", "fast"), ink=14.0,
+    ),
+    "small": World(
+        kinds={"plain": 0.72, "wall": 0.14, "fall": 0.14}, things=(0.8, 0.2),
+        radii={"small": 7.5, "medium": 9.5, "large": 12.0}, hidden=("fast",), ink=0.0,
+    ),
+}  # fmt: skip
+"""Everything, and what a network learns that trains on a processor: larger things, mostly one, and a camera that rests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +89,12 @@ class Mover:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What a scene shows, all that a caption may tell: things, the camera, and whether a wall hides part of the way."""
+    """What a scene shows, all that a caption may tell: things, the camera, whether a wall hides part of the way; in which world."""
 
     movers: tuple[Mover, ...]
     camera: str = "fixed"
     wall: bool = False
+    world: str = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +119,32 @@ class Clip:
 # What to show
 
 
-def write_script(dice: np.random.Generator, *, held_out: bool = False, single: bool = False) -> Script:
+def write_script(
+    dice: np.random.Generator, *, held_out: bool = False, single: bool = False, world: str = "full"
+) -> Script:
     """Draw a script; all things in it are learnt pairs, or with `held_out` the first is a held-out one. `single`: one thing."""
-    kind = str(dice.choice(["plain", "wall", "camera", "fall"], p=[0.61, 0.13, 0.13, 0.13]))
-    count = 1 if single or kind in ("wall", "camera") else int(dice.choice([1, 2, 3], p=[0.55, 0.33, 0.12]))
+    rules = WORLDS[world]
+    kind = str(dice.choice(list(rules.kinds), p=list(rules.kinds.values())))
+    alone = single or kind in ("wall", "camera")
+    count = 1 if alone else int(dice.choice(np.arange(len(rules.things)) + 1, p=rules.things))
     colours = dice.permutation(list(COLOURS))[:count]
     movers = []
     for place, colour in enumerate(map(str, colours)):
         learnt = [shape for shape in SHAPES if ((colour, shape) in HELD_OUT) == (held_out and place == 0)]
-        movers.append(_mover(dice, colour, str(dice.choice(learnt)), kind if place == 0 else "plain"))
+        movers.append(_mover(dice, colour, str(dice.choice(learnt)), kind if place == 0 else "plain", rules))
     camera = str(dice.choice(CAMERAS[1:])) if kind == "camera" else "fixed"
-    return Script(movers=tuple(movers), camera=camera, wall=kind == "wall")
+    return Script(movers=tuple(movers), camera=camera, wall=kind == "wall", world=world)
 
 
-def _mover(dice: np.random.Generator, colour: str, shape: str, kind: str) -> Mover:
-    size = str(dice.choice(list(RADII), p=[0.3, 0.4, 0.3]))
+def _mover(dice: np.random.Generator, colour: str, shape: str, kind: str, rules: World) -> Mover:
+    size = str(dice.choice(list(rules.radii), p=[0.3, 0.4, 0.3]))
     speed = str(dice.choice(list(SPEEDS), p=[0.3, 0.4, 0.3]))
     if kind == "camera":
         return Mover(colour=colour, shape=shape, size=size)
     if kind == "fall":
         return Mover(colour=colour, shape=shape, size=size, motion="fall")
     if kind == "wall":
-        motion, speed = str(dice.choice(["left", "right"])), str(dice.choice(["medium", "fast"]))
+        motion, speed = str(dice.choice(["left", "right"])), str(dice.choice(rules.hidden))
         return Mover(colour=colour, shape=shape, size="small", motion=motion, speed=speed)
     motion = str(dice.choice([*DIRECTIONS, "still"], p=[0.23, 0.23, 0.22, 0.22, 0.1]))
     if motion == "still":
@@ -186,7 +219,8 @@ def film(
     ground = int(dice.integers(len(BACKGROUNDS))) if background is None else background
     scale = 1 + (ZOOM * np.arange(frames) if script.camera == "zoom in" else np.zeros(frames))
     travel = _travel(script.camera, frames)
-    sizes = [RADII[one.size] + dice.uniform(-0.4, 0.4) for one in script.movers]
+    rules = WORLDS[script.world]
+    sizes = [rules.radii[one.size] + dice.uniform(-0.4, 0.4) for one in script.movers]
     radii = np.stack([radius * scale for radius in sizes], 1).astype(np.float32)  # [F, K]
     paths = [_path(one, size, script, frames, dice) for one, size in zip(script.movers, sizes, strict=True)]
     centres = np.stack(paths, 1)  # [F, K, 2]
@@ -293,7 +327,7 @@ def _drawn(
 ) -> tuple[NDArray[np.uint8], Array]:
     """Return frames uint8 [F, 3, 64, 64] and visible shares [F, K]; later things stand before earlier ones."""
     frames = len(centres)
-    picture = _ground(ground, travel, scale)  # [F, 64, 64, 3]
+    picture = _ground(ground, travel, scale, WORLDS[script.world].ink)  # [F, 64, 64, 3]
     layers = []
     for place, mover in enumerate(script.movers):
         part = coverage(mover.shape, centres[:, place], radii[:, place])
@@ -315,14 +349,14 @@ def _drawn(
     return np.ascontiguousarray(pixels), np.stack(visible, 1).astype(np.float32)
 
 
-def _ground(ground: int, travel: NDArray[np.floating], scale: NDArray[np.floating]) -> Array:
+def _ground(ground: int, travel: NDArray[np.floating], scale: NDArray[np.floating], ink: float) -> Array:
     """Return the ground with its faint lines, fixed in the scene, [F, 64, 64, 3]."""
     marks = []
     for axis in range(2):
         at = (_AT - SIDE / 2) / scale[:, None] + SIDE / 2 + travel[:, axis, None]  # [F, 64]
         marks.append(np.clip(1.5 - np.abs(np.mod(at, LINES) - LINES / 2), 0, 1))
     lines = np.maximum(marks[0][:, None, :], marks[1][:, :, None]).astype(np.float32)
-    return np.asarray(BACKGROUNDS[ground], np.float32) + INK * lines[..., None]
+    return np.asarray(BACKGROUNDS[ground], np.float32) + ink * lines[..., None]
 
 
 # Stories
@@ -334,9 +368,11 @@ def film_story(scripts: Sequence[Script], dice: np.random.Generator, *, frames: 
     return [film(script, dice, frames=frames, background=ground) for script in scripts]
 
 
-def example(seed: int, *, frames: int = 16, held_out: bool = False, single: bool = False) -> tuple[Clip, str]:
+def example(
+    seed: int, *, frames: int = 16, held_out: bool = False, single: bool = False, world: str = "full"
+) -> tuple[Clip, str]:
     """Return the scene of a seed and a caption of it."""
     dice = np.random.default_rng(seed)
-    script = write_script(dice, held_out=held_out, single=single)
+    script = write_script(dice, held_out=held_out, single=single, world=world)
     caption = write_caption(script, dice)
     return film(script, dice, frames=frames), caption

@@ -47,10 +47,12 @@ class Scripts:
     mask: Tensor
 
     @classmethod
-    def drawn(cls, count: int, seed: int, length: int, *, held_out: bool = False) -> Scripts:
+    def drawn(
+        cls, count: int, seed: int, length: int, *, held_out: bool = False, world: str = "full"
+    ) -> Scripts:
         """Draw scripts and their captions from a seed, and encode the captions."""
         dice = np.random.default_rng(seed)
-        scripts = [write_script(dice, held_out=held_out) for _ in range(count)]
+        scripts = [write_script(dice, held_out=held_out, world=world) for _ in range(count)]
         captions = ["", *(write_caption(one, dice) for one in scripts[1:])]
         tokenizer, encoder = load_minilm()
         order = sorted(
@@ -167,8 +169,9 @@ class MotionTrainer(Trainer):
         """Draw scripts and encode their captions; scenes are drawn on the way."""
         data, patch = self.recipe["data"], self.recipe["model"]["patch_size"]
         seed, scale = self.recipe["run"]["seed"], self.recipe["codec"]["scale"]
-        learnt = Scripts.drawn(data["scripts"], seed, data["text_tokens"])
-        held = Scripts.drawn(64, seed + 1, data["text_tokens"], held_out=True)
+        told: dict[str, Any] = {"length": data["text_tokens"], "world": data.get("world", "full")}
+        learnt = Scripts.drawn(data["scripts"], seed, **told)
+        held = Scripts.drawn(64, seed + 1, held_out=True, **told)
         self.clips, self.held_clips = (Clips(one, data, scale, patch) for one in (learnt, held))
         print(f"{len(learnt.scripts)} captions to learn", file=sys.stderr)
 

@@ -47,6 +47,7 @@ def card(recipe: dict[str, Any], name: str) -> dict[str, Any]:
         "examples": EXAMPLES,
         "limits": LIMITS,
         "colours": list(COLOURS),
+        "world": data.get("world", "full"),
         "shapes": {shape: list(words) for shape, words in SHAPES.items()},
         "held_out_pairs": [list(pair) for pair in HELD_OUT],
     }

@@ -182,7 +182,7 @@ def test_a_perfect_model_reaches_every_goal_and_a_still_one_none(monkeypatch: py
     maker = Maker(pipe)
     monkeypatch.setattr(
         "benchmarks.motion.stories",
-        lambda *_: ({"model": {"colour": 1.0, "shape": 1.0}}, np.zeros((1, 8, 3, 64, 64), np.uint8), [["a"]]),
+        lambda *_, **__: ({"model": {"colour": 1.0, "shape": 1.0}}, np.zeros((1, 8, 3, 64, 64), np.uint8), [["a"]]),
     )
     figures = judged(maker, 4)
     assert all(goals(figures).values()), goals(figures)

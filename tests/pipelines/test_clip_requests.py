@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,20 +130,84 @@ def test_windows_keep_an_accelerators_state_to_themselves(clips: str) -> None:
     )
 
 
+def test_tasks_of_a_clip_longer_than_a_window(clips: str, film: Path) -> None:
+    given = frames_of(film)
+    asked = Request(model=clips, prompt="a red cat", frames=7, overlap=1, steps=1, clip=str(film))
+
+    def kept(frames: np.ndarray) -> list[int]:
+        return [place for place, one in enumerate(frames) if any((one == other).all() for other in given)]
+
+    assert kept(made(asked)) == [0, 1, 2, 3], "a clip is continued"
+    assert kept(made(asked.replace(task="predict", given=2))) == [0, 1]
+    assert kept(made(asked.replace(task="backward"))) == [3, 4, 5, 6]
+    assert kept(made(asked.replace(task="backward", given=1))) == [6]
+    assert kept(made(asked.replace(task="first-last"))) == [0, 6]
+    assert kept(made(asked.replace(task="interpolate", every=2))) == [0, 2, 4, 6]
+    ends = asked.replace(clip=None, image=str(film / "0.png"), last_image=str(film / "3.png"))
+    assert kept(made(ends)) == [0, 6]
+    told: list[Progress] = []
+    result = generate(asked, on_step=told.append)
+    steps = [(one.step, one.steps) for one in told if one.phase == "denoise"]
+    assert steps == [(1, 1)], "the first window is given whole"
+    assert "made in 1 windows" in result.report["warnings"][0]
+    region = Request(model=clips, prompt="a", clip=str(film), task="region", region="0,0,8,8", steps=1)
+    assert len(made(region)) == 4, "as many frames as the clip has"
+
+
+def test_a_network_whose_frames_hear_captions_of_their_own_tells_stories(
+    clips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "teller"
+    shutil.copytree(clips, model)
+    (model / "card.json").write_text(json.dumps({"frames": 4, "scenes": 3, "scene_frames": 2}))
+    asked = Request(model=str(model), prompts="a red cat | a blue dog | a tree", steps=1)
+    pipeline = catalog.load(str(model)).pipeline
+    direct = pipeline(
+        ["a red cat", "a blue dog", "a tree"], caption_frames=[2, 2, 2], seeds=[0], num_inference_steps=1, output_type="np"
+    ).frames[0]  # fmt: skip
+    told = made(asked)
+    assert np.array_equal(np.rint(direct * 255).astype(np.uint8), told), "scenes as long as the card says, all at once"
+    assert np.array_equal(made(asked.replace(prompts=None, prompt="a red cat | a blue dog | a tree")), told)
+    assert np.array_equal(made(asked.replace(frames=6)), told)
+    assert np.array_equal(made(asked.replace(scene_frames="2")), told)
+    assert len(made(asked.replace(scene_frames="1,3,2"))) == 6
+    heard: list[tuple[Any, Any]] = []
+    inner = type(pipeline).__call__
+
+    def call(self: Any, *args: Any, **given: Any) -> Any:
+        heard.append((given["prompt"], given.get("caption_frames")))
+        return inner(self, *args, **given)
+
+    monkeypatch.setattr(type(pipeline), "__call__", functools.wraps(inner)(call))
+    longer = generate(asked.replace(prompts="a red cat | a blue dog | a tree | a house"))
+    assert heard == [
+        (["a red cat", "a blue dog", "a tree"], [2, 2, 2]), (["a blue dog", "a tree", "a house"], [2, 2, 2])
+    ], "a scene more is told with those before it given"  # fmt: skip
+    assert len(longer.pictures[0].frames) == 8
+    assert np.array_equal(np.stack([np.asarray(one) for one in longer.pictures[0].frames])[:6], told)
+    heard.clear()
+    generate(asked.replace(window=4, overlap=1, prompts="a red cat | a tree", frames=7))
+    assert heard == [("a red cat", None), (["a red cat", "a tree"], [1, 3])] or heard == [
+        (["a red cat"], [4]), (["a red cat", "a tree"], [1, 3])
+    ]  # fmt: skip
+    monkeypatch.setattr(type(pipeline), "tells_scenes", False)
+    with pytest.raises(RequestError, match=r"hear the prompts at the frames 0, 4.*shorter window"):
+        generate(asked.replace(prompts="a | b | c", frames=7, overlap=1))
+
+
 @pytest.mark.parametrize(
     ("more", "field", "words"),
     [
-        (
-            {"prompts": "a | b | c", "prompt": "", "frames": 7, "overlap": 1},
-            "prompts",
-            "hear the prompts at the frames 0, 4.*shorter window",
-        ),
         ({"prompts": "a | b | c", "prompt": "", "frames": 2}, "prompts", "each of the 2 frames"),
         ({"window_seeds": "1,2"}, "window_seeds", "one: 4 frames"),
         ({"frames": 7, "window_seeds": "1,2,3,4"}, "window_seeds", "each of the 3 windows"),
         ({"frames": 7, "overlap": 4}, "overlap", "from 1 to 3"),
         ({"frames": 3, "window": 4}, "window", "at most the 3 frames"),
-        ({"scene_frames": "2"}, "scene_frames", "tells no stories"),
+        ({"scene_frames": "2"}, "scene_frames", "given with captions"),
+        ({"prompts": "a | b", "prompt": "", "scene_frames": "2,2,2"}, "scene_frames", "2 captions: no scene goes without"),
+        ({"prompts": "a | b", "prompt": "", "scene_frames": "2", "frames": 4}, "scene_frames", "counted otherwise"),
+        ({"last_image": "FILM"}, "image", "a first frame, maybe with a last one"),
+        ({"image": "FILM", "strength": 0.4}, "strength", "keeps its first frame as it is"),
         ({"clip": "FILM", "task": "region", "region": "1,0,8,8"}, "region", "multiples of 2 px"),
         ({"clip": "FILM", "task": "predict", "given": 4}, "given", "1 to 3 frames.*got 4"),
         ({"clip": "FILM", "task": "backward", "given": 9}, "given", "1 to 3 frames.*got 9"),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dit.backbones.vdt import VDT
-from pipelines.long_clips import long_clip, prompt_schedule, windows
+from pipelines.clips import Task
+from pipelines.long_clips import long_clip, planned, prompt_schedule, windows
 from pipelines.request import RequestError
 from pipelines.text_to_video import TextToVideoPipeline
 
@@ -171,3 +172,57 @@ def test_counts_that_cannot_be_are_refused() -> None:
         long_clip(pipeline(), num_frames=9, overlap=4)
     with pytest.raises(RequestError, match="given_latents"):
         pipeline()(given_latents=torch.zeros(1, 3, 2, 9, 8), output_type="pt")
+
+
+def test_what_is_given_is_given_of_the_whole_clip() -> None:
+    pipe, real = pipeline(), torch.rand(9, 3, 8, 8)
+
+    def kept(video: Tensor, frames: int = 9, **task: Any) -> list[int]:
+        made = long_clip(
+            pipe, num_frames=frames, overlap=2, video=video, num_inference_steps=1, output_type="pt", **task
+        )
+        same = [
+            any(torch.equal(one, given) for given in video) for one in made.frames[0]
+        ]
+        return [place for place, one in enumerate(same) if one]
+
+    assert kept(real[:2], task="first-last") == [0, 8], "the last picture ends the clip, not its first window"
+    assert kept(real[:3], task="backward") == [6, 7, 8]
+    assert kept(real[:5], task="predict") == [0, 1, 2, 3, 4], "more frames than a window has"
+    assert kept(real, task=Task(name="interpolate", every=3)) == [0, 3, 6]
+    assert kept(real[:2], task=Task(name="keyframes", keyframes=(1, 7))) == [1, 7]
+    box = torch.zeros(9, 8, 8)
+    box[:, 2:5, 1:6] = 1
+    made = long_clip(
+        pipe, num_frames=9, overlap=2, video=real, task=Task(mask=box), num_inference_steps=1, output_type="pt"
+    )
+    same = (made.frames[0] == real).all(1)
+    assert torch.equal(same, box == 0)
+
+
+def test_windows_begin_where_something_is_given_and_leave_out_what_is_given_whole() -> None:
+    mask = torch.ones(9, 1, 1)
+    mask[6:] = 0
+    plan = planned(mask, 9, 4, 2)
+    assert [(one.start, one.new.start, one.new.stop) for one in plan] == [(5, 5, 9), (3, 3, 5), (1, 1, 3), (0, 0, 1)]
+    mask = torch.ones(9, 1, 1)
+    mask[:5] = 0
+    assert [(one.start, one.new.start, one.new.stop) for one in planned(mask, 9, 4, 2)] == [(2, 4, 6), (4, 6, 8), (5, 8, 9)]
+    assert len(planned(None, 9, 4, 2)) == len(windows(9, 4, 2))
+
+
+def test_a_clip_that_goes_backward_joins_what_it_ends_with() -> None:
+    pipe, real = pipeline(), torch.rand(4, 3, 8, 8)
+    seen: list[int] = []
+    made = long_clip(
+        pipe, num_frames=8, overlap=2, video=real, task="backward", num_inference_steps=2, output_type="latent",
+        on_window=lambda index, count, latents: seen.append(latents.shape[2]),
+    )  # fmt: skip
+    assert seen == [6, 8]
+    ends = real.transpose(0, 1)[None] * 2 - 1
+    generator = torch.Generator().manual_seed(0)
+    last = pipe(
+        num_frames=4, generator=[generator], num_inference_steps=2, output_type="latent",
+        given_latents=torch.cat([torch.zeros(1, 3, 2, 8, 8), ends[:, :, :2]], dim=2), task=Task(mask=[1, 1, 0, 0]),
+    ).latents  # fmt: skip
+    assert torch.allclose(made.latents[:, :, 2:6], last, atol=1e-5), "made first, before the given frames"

@@ -143,6 +143,21 @@ def test_a_camera_moves_everything_the_other_way() -> None:
     assert zoom.visible.min() > 0.95
 
 
+def test_the_small_world_has_larger_things_a_plain_ground_and_walls_that_hide() -> None:
+    scripts = [write_script(dice(seed), world="small") for seed in range(300)]
+    assert {script.camera for script in scripts} == {"fixed"}
+    assert {len(script.movers) for script in scripts} == {1, 2}
+    walls = [film(script, dice(seed)) for seed, script in enumerate(scripts) if script.wall]
+    assert len(walls) > 20
+    assert max(clip.visible[:, 0].min() for clip in walls) < 0.05
+    assert min(clip.visible[[0, -1], 0].min() for clip in walls) > 0.9
+    still = Script(movers=(Mover(colour="red", shape="circle", size="small"),), world="small")
+    shown = film(still, dice(3))
+    assert len(np.unique(shown.frames[0].reshape(3, -1), axis=1).T) < 60, "one ground and one edge, no lines"
+    assert shown.radii.min() > film(Script(movers=still.movers), dice(3)).radii.max()
+    assert shown.visible[0, 0] == pytest.approx(1.0, abs=0.05)
+
+
 def test_later_things_stand_before_earlier_ones() -> None:
     movers = tuple(Mover(colour=colour, shape="square", size="large") for colour in ("red", "blue"))
     hidden = [film(Script(movers=movers), dice(seed)).visible for seed in range(60)]

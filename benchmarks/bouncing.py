@@ -1,0 +1,318 @@
+"""What attention over time is worth, at a size that trains in minutes: `python -m benchmarks.bouncing [--seeds 3]`.
+
+A ball between walls, 16 frames of 16 x 16; one small VDT learns every task by its mask. The same without attention over time (the
+ablation) and with full attention over all of a clip have as many parameters, the same clips, steps and seeds. Beside them: copying,
+straight lines, blending, and real clips. Finished runs are kept, so that a second call goes on where the first was stopped.
+
+Paper: VDT, Lu et al. 2023, arXiv:2305.13311.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from benchmarks._bouncing_data import (
+    FRAMES,
+    RADIUS,
+    SIDE,
+    Balls,
+    errors,
+    first_hidden,
+    found,
+    passes,
+    straight_on,
+    throw,
+    turns,
+)  # fmt: skip
+from benchmarks.machine import RESULTS, interleaved, record, write_json
+from dit.backbones.vdt import VDT
+from dit.clip_masks import blend, draw_mask, masked_mean, task_mask
+from training.objectives import FlowMatching, euler
+from training.optimizers import Master
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "time, then frame": {"width": 64, "mixer": "spacetime"},
+    "no attention over time": {"width": 72, "mixer": {"name": "spacetime", "temporal": False}},
+    "full attention": {"width": 72, "mixer": "full"},
+}
+"""Widths make their parameters alike: the first has more maps in a block."""
+SIZE = {
+    "in_channels": 1, "patch_size": 4, "sample_size": SIDE, "frames": FRAMES, "depth": 3, "heads": 2,
+    "prediction_type": "sample", "clean_time": True,
+}  # fmt: skip
+OBJECTIVE, SHIFT = FlowMatching(mean=1.0, std=1.5), 4.0
+MUON = {"name": "muon", "rate": 2e-3, "matrix_rate": 4e-3, "decay": 0.01, "ema": 0.998}
+GIVEN, EVERY, HIDDEN_GIVEN = 8, 4, 4
+TEST_SEED = 10**9
+"""Of the clips that are judged; runs learn from clips of seeds from 0 on."""
+
+
+# Learning
+
+
+def trained(variant: str, seed: int, samples: int, batch: int = 32) -> tuple[VDT, dict[str, float]]:
+    """Return a variant trained on `samples` clips, in its averaged weights, and what that took."""
+    torch.manual_seed(seed)
+    network: Any = VDT(**SIZE, **VARIANTS[variant])
+    master = Master(network, **MUON)
+    network.to(torch.bfloat16)
+    dice, steps = torch.Generator().manual_seed(seed), max(1, samples // batch)
+    loss = 0.0
+    began = time.perf_counter()
+    for step in range(steps):
+        clips = throw(batch, dice).clips
+        mask = torch.stack([draw_mask(FRAMES, SIDE, SIDE, dice, patch=4) for _ in range(batch)])
+        noise = torch.randn(clips.shape, generator=dice)
+        times = OBJECTIVE.times(batch, dice)
+        level = times[:, None, None, None, None]
+        noisy = blend(clips, (1 - level) * clips + level * noise, mask)
+        made = network(noisy, times * 1000, mask=mask, clean=clips, return_dict=False)[0]
+        error = masked_mean((made.float() - (noise - clips)).square(), mask) * OBJECTIVE.weights(times)
+        error.mean().backward()
+        tail = (step / steps - 0.6) / 0.4
+        master.step(min(1.0, (step + 1) / 50) * max(0.02, 1 - max(tail, 0.0) ** 0.5), 1.0)
+        loss += (float(error.detach().mean()) - loss) / min(step + 1, 100)
+    network.to(torch.float32).load_state_dict(master.averaged(), strict=False)
+    took = {"samples": steps * batch, "steps": steps, "seconds": time.perf_counter() - began, "loss": loss}
+    return network.eval(), took
+
+
+def made_by(network: VDT, truth: Balls, mask: Tensor, seed: int, steps: int = 25) -> Tensor:
+    """Return clips whose open sites by `mask` [F, H, W] a network has made; the others are bit for bit those of `truth`."""
+    clean = truth.clips
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+
+    def denoise(noisy: Tensor, times: Tensor) -> Tensor:
+        told: Tensor = network(
+            blend(clean, noisy, mask), times * 1000, mask=mask, clean=clean, return_dict=False
+        )[0]
+        return told
+
+    return blend(clean, euler(denoise, noise, steps, shift=SHIFT), mask)
+
+
+# Judging
+
+
+def judged(make: Callable[[Balls, Tensor], Tensor], count: int) -> dict[str, float]:
+    """Return every figure of one way to make clips, `make(truth, mask)`, from `count` clips a task; errors of centres in px."""
+    figures: dict[str, float] = {}
+    dice = torch.Generator().manual_seed(TEST_SEED)
+    plain = throw(4 * count, dice)
+    bare = plain.only(~plain.barred).only(torch.arange(count))
+    for name, task, settings in (
+        ("predict", "predict", {"given": GIVEN}),
+        ("backward", "backward", {"given": GIVEN}),
+        ("interpolate", "interpolate", {"every": EVERY}),
+        ("image", "image", {}),
+    ):
+        mask = task_mask(task, FRAMES, SIDE, SIDE, **settings)
+        made = make(bare, mask)
+        open_ = mask[:, 0, 0] > 0
+        distance = errors(made, bare)
+        figures[f"{name}_mse"] = float((made - bare.clips)[:, :, open_].square().mean())
+        figures[f"{name}_px"] = float(distance[:, open_].mean())
+        figures[f"{name}_given_changed"] = float((made != bare.clips)[:, :, ~open_].sum())
+        if name == "predict":
+            turned = turns(bare, GIVEN)
+            figures["next_frame_px"] = float(distance[:, GIVEN].mean())
+            figures["predict_turning_px"] = float(distance[turned][:, open_].mean())
+            figures["predict_straight_px"] = float(distance[~turned][:, open_].mean())
+    free = make(bare, task_mask("unconditional", FRAMES, SIDE, SIDE))
+    figures |= _free(free)
+    box = task_mask("region", FRAMES, SIDE, SIDE, box=(0, 0, SIDE, SIDE // 2))
+    figures["region_mse"] = float((make(bare, box) - bare.clips)[:, :, box > 0].square().mean())
+    out = _hidden(make, behind_bars(max(2, count // 2), dice))
+    return figures | {
+        "comes_out_px": float(out.mean()),
+        "comes_out_in_place": float((out < 2).float().mean()),
+    }
+
+
+def behind_bars(count: int, dice: torch.Generator) -> list[Balls]:
+    """Draw `count` clips, one at a time, whose ball is seen, goes behind the bar and comes out again."""
+    kept: list[Balls] = []
+    while len(kept) < count:
+        drawn = throw(2000, dice)
+        kept += [drawn.only(place[None]) for place in torch.nonzero(passes(drawn, HIDDEN_GIVEN)).flatten()]
+    return kept[:count]
+
+
+def _hidden(make: Callable[[Balls, Tensor], Tensor], behind: Sequence[Balls]) -> Tensor:
+    """Return how far from its place the ball is in the last two frames, [B, 2], from the frames up to its first hidden one."""
+    last = []
+    for one in behind:
+        known = first_hidden(one) + 1
+        made = make(one, task_mask("predict", FRAMES, SIDE, SIDE, given=known))
+        last.append(errors(made, one)[:, -2:])
+    return torch.cat(last)
+
+
+def _free(clips: Tensor) -> dict[str, float]:
+    """Return of clips from nothing: frames with one ball inside the walls, and how even its speed is where it does not turn."""
+    centres, seen = found(clips)
+    inside = ((centres > RADIUS - 1) & (centres < SIDE - RADIUS + 1)).all(-1) & seen
+    speeds = centres.diff(dim=1).abs()  # of each axis: a wall turns its sign alone
+    uneven = (speeds.diff(dim=1)).abs().mean(dim=(1, 2))
+    return {"free_inside": float(inside.float().mean()), "free_uneven_px": float(uneven.mean())}
+
+
+def trivial(count: int) -> dict[str, dict[str, float]]:
+    """Return the figures of ways that need no network: copying, blending, straight lines, and the real clips."""
+
+    def held(truth: Balls, mask: Tensor) -> Tensor:
+        known = torch.nonzero(mask[:, 0, 0] == 0).flatten()
+        if not len(known):
+            return truth.clips.flip(0)
+        nearest = (torch.arange(FRAMES)[:, None] - known).abs().argmin(1)
+        return torch.where(mask > 0, truth.clips[:, :, known[nearest]], truth.clips)
+
+    def blended(truth: Balls, mask: Tensor) -> Tensor:
+        known = torch.nonzero(mask[:, 0, 0] == 0).flatten()
+        if not len(known):
+            return truth.clips.flip(0)
+        at = torch.arange(FRAMES)
+        before = known[(torch.searchsorted(known, at, right=True) - 1).clamp(0)]
+        after = known[torch.searchsorted(known, at).clamp_max(len(known) - 1)]
+        share = ((at - before) / (after - before).clamp_min(1)).clamp(0, 1)[:, None, None]
+        return truth.clips[:, :, before] * (1 - share) + truth.clips[:, :, after] * share
+
+    return {
+        "nearest given frame": judged(held, count),
+        "blending": judged(blended, count),
+        "real clips": judged(lambda truth, _: truth.clips, count),
+        **{
+            name: _lines(count, walls=walls)
+            for name, walls in (("straight line", False), ("line that turns", True))
+        },
+    }
+
+
+def _lines(count: int, *, walls: bool) -> dict[str, float]:
+    plain = throw(4 * count, torch.Generator().manual_seed(TEST_SEED))
+    bare = plain.only(~plain.barred).only(torch.arange(count))
+    distance = (
+        (straight_on(bare, GIVEN, walls=walls) - bare.centres).norm(dim=-1).clamp_max(SIDE / 2)[:, GIVEN:]
+    )
+    turned = turns(bare, GIVEN)
+    return {
+        "predict_px": float(distance.mean()), "next_frame_px": float(distance[:, 0].mean()),
+        "predict_turning_px": float(distance[turned].mean()), "predict_straight_px": float(distance[~turned].mean()),
+    }  # fmt: skip
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Return every variant's figures as [mean, lowest, highest] over its seeds."""
+    found_: dict[str, dict[str, list[float]]] = {}
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        rows = [run["figures"] for run in runs if run["variant"] == variant]
+        found_[variant] = {
+            name: [statistics.fmean(values), min(values), max(values)]
+            for name in rows[0]
+            for values in [[row[name] for row in rows]]
+        }
+    return found_
+
+
+# Looking
+
+
+def sheet(networks: dict[str, VDT], rows: int = 3, enlarge: int = 3) -> Image.Image:
+    """Return the same clips continued, filled in and seen again behind the bar, real and by every network, frame beside frame."""
+    dice = torch.Generator().manual_seed(TEST_SEED + 1)
+    drawn = throw(60, dice)
+    bare = drawn.only(~drawn.barred).only(torch.arange(rows))
+    parts = [
+        ("given 8 of 16", bare, task_mask("predict", FRAMES, SIDE, SIDE, given=GIVEN)),
+        ("given every fourth", bare, task_mask("interpolate", FRAMES, SIDE, SIDE, every=EVERY)),
+    ]
+    for one in behind_bars(rows, dice):
+        known = first_hidden(one) + 1
+        parts.append((f"given {known}", one, task_mask("predict", FRAMES, SIDE, SIDE, given=known)))
+    lines: list[tuple[str, Tensor]] = []
+    for title, truth, mask in parts:
+        made = {name: made_by(network, truth, mask, 5) for name, network in networks.items()}
+        for place in range(len(truth)):
+            lines += [
+                (f"{name}: {title}", clips[place, 0]) for name, clips in {"real": truth.clips, **made}.items()
+            ]
+    size, words = SIDE * enlarge, 11
+    board = Image.new("L", (FRAMES * (size + 1), len(lines) * (size + words)), 255)
+    draw = ImageDraw.Draw(board)
+    for place, (title, frames) in enumerate(lines):
+        draw.text((1, place * (size + words)), title, fill=0)
+        pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+        for column, frame in enumerate(pixels):
+            picture = Image.fromarray(np.ascontiguousarray(frame)).resize(
+                (size, size), Image.Resampling.NEAREST
+            )
+            board.paste(picture, (column * (size + 1), place * (size + words) + words))
+    return board
+
+
+# The whole
+
+
+def main() -> None:
+    """Read the command line, train what is not trained yet, judge, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each variant")
+    parser.add_argument("--samples", type=int, default=48_000, help="clips that a training sees")
+    parser.add_argument("--count", type=int, default=128, help="clips that a figure is taken from")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bouncing.json")
+    given = parser.parse_args()
+    settings = {"samples": given.samples, "count": given.count, "given": GIVEN, "every": EVERY}
+    kept = json.loads(given.out.read_text()) if given.out.is_file() else {}
+    runs: list[dict[str, Any]] = kept.get("runs", []) if kept.get("settings") == settings else []
+    result = record() | {"settings": settings, "trivial": trivial(given.count), "runs": runs}
+    networks: dict[str, VDT] = {}
+    for seed in range(given.seeds):
+        for variant in VARIANTS:
+            if any((run["variant"], run["seed"]) == (variant, seed) for run in runs):
+                continue
+            network, took = trained(variant, seed, given.samples)
+            figures = judged(lambda truth, mask, made=network: made_by(made, truth, mask, seed), given.count)  # noqa: B023 - called at once
+            runs.append({"variant": variant, "seed": seed, "figures": figures} | took)
+            networks[variant] = network
+            write_json(given.out, result | {"summary": summary(runs)})
+            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    if len(networks) == len(VARIANTS):
+        sheet(networks).save(given.out.with_suffix(".png"), optimize=True)
+    write_json(given.out, result | {"summary": summary(runs), "networks": sizes()})
+
+
+def sizes() -> dict[str, dict[str, float]]:
+    """Return parameters and the time of one evaluation on 8 clips, in turns, against the first."""
+    clips, times = throw(8, torch.Generator().manual_seed(0)).clips, torch.full((8,), 500.0)
+    networks: dict[str, Any] = {name: VDT(**SIZE, **variant).eval() for name, variant in VARIANTS.items()}
+
+    def evaluate(network: Any) -> Callable[[], object]:
+        return torch.no_grad()(lambda: network(clips, times, return_dict=False))
+
+    timed = interleaved({name: evaluate(network) for name, network in networks.items()}, rounds=20, warmups=3)
+    return {
+        name: {
+            "parameters": sum(one.numel() for one in network.parameters()),
+            "milliseconds": 1000 * timed[name]["median"],
+            "times_as_fast_as_first": timed[name]["ratio"],
+        }
+        for name, network in networks.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
