@@ -18,7 +18,7 @@ import app_tokens as tokens
 import app_views as views
 from app_jobs import QueueFull
 from app_layout import Layout
-from app_page import House, sentence, served
+from app_page import House, Presses, sentence, served
 from app_reuse import Reuse
 from app_settings import folder_of, models_update
 from pipelines import catalog
@@ -47,7 +47,7 @@ class Create(Layout):
         self.output = house.folder.name
         fresh = set(house.models) <= set(catalog.shipped()) and not self.jobs.ledger.counts()["done"]
         self.newcomer = fresh or not house.models
-        self.reuse = Reuse(self)
+        self.reuse, self.presses = Reuse(self), Presses()
 
     def connect(self, page: gr.Blocks) -> None:
         """Connect what is pressed, typed and dropped with what happens then."""
@@ -148,6 +148,7 @@ class Create(Layout):
         )
         if told["speed"] in speed.PLAIN:
             request = request.replace(**speed.choose(told["speed"], request, card).fields())
+        given.check(request, card)
         return request
 
     def _submit(self, browser: gr.Request, written: str | None, *values: Any) -> Updates:
@@ -168,15 +169,15 @@ class Create(Layout):
         try:
             request = self.request_of(values, owner, written)
             one, ending = request.one(0) if comparing else request, self._ending(request, values)
-            job = self.jobs.submit(
-                one, owner=owner, comparing=comparing, ending=ending, **self._saving(values)
-            )
+            job = self.presses.once(
+                owner, (written, tuple(values), comparing),
+                lambda: self.jobs.submit(one, owner=owner, comparing=comparing, ending=ending, **self._saving(values)),
+                lambda job: self.jobs.refresh(job).over,
+            )  # fmt: skip
         except (RequestError, QueueFull) as error:
             return {parts["job"]: "", parts["status"]: views.trouble(sentence(error))}
-        return self._begun(job) | {
-            parts["written"]: str(request.seed),
-            self.inputs["seed"]: str(request.seed),
-        }
+        seed = str(job.request.seed)
+        return self._begun(job) | {parts["written"]: seed, self.inputs["seed"]: seed}
 
     def _compare(self, browser: gr.Request, name: str) -> Updates:
         """Make the shown picture exactly too, with the same seed, and measure both."""

@@ -222,7 +222,7 @@ def values_of(request: Request, card: Card, given: Mapping[str, Sequence[Field]]
     width, height = request.width or card.width, request.height or card.height
     values: dict[str, Any] = {
         "model": request.model,
-        "prompt": request.prompts or request.prompt,
+        "prompt": given_inputs.prompt_of(request),
         "negative_prompt": request.negative_prompt,
         "class_label": request.class_label or 0,
         "style": style_in(request.prompt, styles_of(card)),

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import app_tasks as tasks
 from pipelines import controls
-from pipelines._inpainting import Outpaint, sides, written
+from pipelines._inpainting import Outpaint, prepare, sides, written
 from pipelines.catalog import Card
+from pipelines.clip_calls import captions_of, frames_of
 from pipelines.request import WITHHELD, Request, RequestError
+from pipelines.schedule import length_of, read_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +37,15 @@ KEPT = 30 * 86_400
 """How long an upload stays that nobody uses, in s."""
 SIDES = tuple(Outpaint().sides)
 """Where pixels can be added around a picture."""
+CANVAS = (800, 800)
+"""Size of the editor's own empty canvas, in px."""
 WINDOW = {"strength": 1.0, "start": 0.0, "end": 1.0}
+
+RARE = {
+    "task": "task", "given": "count of given frames", "every": "distance of given frames", "keyframes": "keyframes",
+    "region": "region", "window": "window", "overlap": "overlap", "window_seeds": "seeds of windows",
+}  # fmt: skip
+"""Settings of clips that the form has no field for, and what they are called."""
 
 Store = Callable[[str], str]
 
@@ -113,7 +123,7 @@ def fields_of(values: Mapping[str, Any], card: Card, keep: Store) -> dict[str, A
 
 def values_of(request: Request, card: Card) -> dict[str, Any]:
     """Return the values of a task's inputs; files are left out: nothing that a picture names is opened."""
-    frames = request.frames or card.more.get("frames") or FRAMES
+    frames = _frames(request, card)
     found: dict[str, Any] = {
         "task": tasks.task_of(request, card), "image": None, "editor": None, "last_image": None, "strength": request.strength,
         "panels": request.panels or 4, "layout": request.layout, "known": request.known, "frames": frames, "fps": request.fps,
@@ -138,8 +148,23 @@ def values_of(request: Request, card: Card) -> dict[str, Any]:
     return found
 
 
+def prompt_of(request: Request) -> str:
+    """Return what a prompt field says; scenes of lengths of their own are told with their frames, which has no field."""
+    if request.scene_frames is None or request.prompts in (None, WITHHELD):
+        return request.prompts or request.prompt
+    return captions_of(request)
+
+
+def check(request: Request, card: Card) -> None:
+    """Check what needs the picture itself, before a job is made of it. Raises: RequestError for a canvas of another shape."""
+    if written(request.mask) and request.image is not None:
+        from pipelines.inputs import read_image
+
+        prepare(request, card, read_image(request.image)[0])
+
+
 def left_out(request: Request, card: Card) -> list[str]:
-    """Return what of a request a form cannot be filled with: files, which only a person can give again."""
+    """Return what of a request a form cannot be filled with: files, which only a person can give again, and rare settings."""
     own = _own(card)
     found = [
         words
@@ -148,6 +173,7 @@ def left_out(request: Request, card: Card) -> list[str]:
         )
         if getattr(request, name) and not written(getattr(request, name))
     ]  # fmt: skip
+    found += [f"its {words}" for name, words in RARE.items() if getattr(request, name) is not None]
     found += ["its prompt, which its file does not tell"] if request.prompt == WITHHELD else []
     found += ["the pictures of its controls"] if request.controls else []
     strange = [one.file for one in request.loras if one.file not in own]  # type: ignore[attr-defined]
@@ -203,6 +229,13 @@ def coverage(card: Card, name: str, file: str | None) -> tuple[str, bool]:
     if "coverage" in found:
         return f"fits {card.title or card.name}: {found['coverage']}", True
     return next(iter(found.values())), False
+
+
+def _frames(request: Request, card: Card) -> int:
+    with contextlib.suppress(RequestError):  # of a file whose scenes do not fit its captions
+        told = request.scene_frames is not None and request.prompts != WITHHELD
+        return (length_of(read_prompts(captions_of(request))) if told else frames_of(request, card)) or FRAMES
+    return int(card.more.get("frames") or FRAMES)
 
 
 def _own(card: Card) -> dict[str, Any]:
@@ -310,7 +343,9 @@ def _painted(editor: Mapping[str, Any]) -> dict[str, str] | None:
     with Image.open(background) as opened:
         size = opened.size
         extrema: Any = opened.convert("RGBA").getextrema()
-        if all(low == high for low, high in extrema):
+        plain = all(low == high for low, high in extrema)
+        empty = plain and (extrema[3][1] == 0 or all(low == 255 for low, _ in extrema))
+        if empty and size == CANVAS:
             # the editor's own empty canvas looks like this: a picture dropped before it was ready never came in
             raise RequestError(
                 "starting picture",

@@ -80,7 +80,7 @@ class TaskInputs:
             label="Picture", type="filepath", image_mode="RGBA", format="png",
             sources=["upload", "clipboard"], transforms=[], layers=False, visible="editor" in shown, elem_id="editor",
             brush=gr.Brush(default_size=radius, colors=["#ff3b7f"], default_color="#ff3b7f", color_mode="fixed"), height=420,
-            buttons=[], elem_classes="drop",
+            canvas_size=given.CANVAS, buttons=[], elem_classes="drop",
         )  # fmt: skip
         self._outpaint(visible="outpaint" in shown)
         inputs["strength"] = form.control(fields["strength"], visible="strength" in shown)
@@ -103,7 +103,7 @@ class TaskInputs:
         with gr.Row():
             inputs["frames"] = gr.Number(
                 card.more.get("frames") or given.FRAMES, label="Frames", precision=0, minimum=1, maximum=1000,
-                visible="frames" in shown, min_width=110,
+                visible="frames" in shown, min_width=110, placeholder="the model's own",
             )  # fmt: skip
             inputs["fps"] = gr.Number(
                 None, label="Frames a second", minimum=1, maximum=120, visible="fps" in shown, min_width=110,
@@ -194,10 +194,17 @@ class TaskInputs:
         inputs, parts = self.inputs, self.parts
         groups = [inputs.get(name, parts.get(name)) for name in GROUPS]
         inputs["task"].change(_groups, inputs["task"], groups, queue=False, **_PRIVATE)
+        inputs["task"].input(
+            self._frames, [inputs["task"], inputs["model"]], inputs["frames"], queue=False, **_PRIVATE
+        )
         for key in (*_keys("control", given.CONTROLS), *_keys("lora", given.LORAS)):
             chosen = [inputs["model"], inputs[f"{key}.adapter"], inputs[f"{key}.file"]]
             told = parts[f"{key} told"]
             gr.on([one.change for one in chosen], self._covered, chosen, told, **_PRIVATE)
+            # a file is asked for where none of the model's own is chosen: it would not be used beside one
+            chosen[1].change(
+                lambda name: gr.File(visible=not name), chosen[1], chosen[2], queue=False, **_PRIVATE
+            )
         for key in _keys("control", given.CONTROLS):
             names = ("model", f"{key}.adapter", f"{key}.file", f"{key}.picture", f"{key}.made_by", "size")
             asked = [inputs[name] for name in names]
@@ -235,6 +242,14 @@ class TaskInputs:
                 given.adapters(card, pictures=key.startswith("control")), value=""
             )
         return found
+
+    def _frames(self, task: str, model: str) -> Any:
+        """Leave the frames of a story to its scenes, where the model knows how long these are."""
+        card = self.cards.get(model)
+        own = card.more.get("scene_frames") if card is not None and task == "story" else None
+        if isinstance(own, int):
+            return gr.Number(None, placeholder=f"{own} a scene")
+        return gr.Number(placeholder="the model's own")
 
     def _covered(self, model: str, name: str, file: str | None) -> str:
         try:

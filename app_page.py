@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,30 @@ class House:
                 self._owners.popitem(last=False)
             self._came.notify_all()
         return name
+
+
+class Presses:
+    """What each browser asked for last: the second press of a double click says the same, and came before the answer to the first.
+
+    After an answer the form says otherwise, for the seed that was drawn is written into it.
+    """
+
+    def __init__(self) -> None:
+        self._last: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def once(self, owner: str, asked: Any, submit: Callable[[], Any], over: Callable[[Any], bool]) -> Any:
+        """Return the job of the last press where this one is the same and that job is not over; else that of a new one."""
+        with self._guard:
+            last = self._last.get(owner)
+            if last is not None and last[0] == asked and not over(last[1]):
+                return last[1]
+            job = submit()
+            self._last[owner] = (asked, job)
+            self._last.move_to_end(owner)
+            while len(self._last) > SESSIONS:
+                self._last.popitem(last=False)
+            return job
 
 
 class Page:

@@ -31,7 +31,7 @@ SMALL = 192
 
 def updates(job: Job, parts: Mapping[str, Any], card: Card | None) -> dict[Any, Any]:
     """Return the updates that show a finished job."""
-    words = job.request.prompt or job.request.prompts or f"class {job.request.class_label}"
+    words = job.request.words
     several, one = len(job.paths) > 1, job.paths[0]
     film = not several and one.suffix.lower() == ".mp4"
     files = [served(path) for path in job.paths]

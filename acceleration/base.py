@@ -110,6 +110,7 @@ class Run:
         self._looked: tuple[int, int] | None = None  # the step at which the adapters were looked at
         self._adapters, self._adapted = Adapters(transformer), ()  # type: Adapters, tuple[Any, ...]
         self._steps_seen = 0
+        self._reached: tuple[int, int, int] | None = None  # run, steps of it so far, steps that were told
         self._kept: dict[tuple[int, str, int], tuple[Any, Any]] = {}
 
     def begin(self, steps: int | None = None) -> None:
@@ -179,6 +180,7 @@ class Run:
 
     def _end(self) -> None:
         """Let go of all tensors, also after an exception."""
+        self._count()
         self._outputs.look()
         self._kept.clear()
 
@@ -196,6 +198,7 @@ class Run:
             )
         self._thread = get_ident()
         moment = self.clock.tick(seams.timestep_of(given), seams.prompt_of(given))
+        self._count(moment)
         self._judge(moment, given)
         if moment.run != self._generation:
             self._kept.clear()
@@ -214,6 +217,17 @@ class Run:
             )
         self.call = Call(self, moment, given)
         self._outputs.begin(moment)
+
+    def _count(self, moment: Moment | None = None) -> None:
+        """Remark when a run is over that had fewer timesteps than steps were told: its last steps were not taken for last ones."""
+        reached, told = self._reached, self.clock.steps
+        if reached is not None and (moment is None or moment.run != reached[0]) and reached[1] < reached[2]:
+            self.note(
+                f"the run had {reached[1]} timesteps, fewer than the {reached[2]} steps that were told, so what is kept for the "
+                "last steps came too late; give steps= as many as the scheduler has timesteps"
+            )
+        known = moment is not None and moment.known and told is not None
+        self._reached = (moment.run, moment.step + 1, told) if known and moment and told else None
 
     def _judge(self, moment: Moment, given: Mapping[str, Any]) -> None:
         """Raise when the first step is over, if it has shown that a method will have no effect: no other step is spent."""

@@ -6,6 +6,7 @@ Differs: half of the clips have an upright bar in front of the ball, so that wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,11 @@ class Balls:
     def only(self, which: Tensor) -> Balls:
         """Return the clips at places or where a mask [B] is true."""
         return Balls(self.clips[which], self.centres[which], self.visible[which], self.barred[which])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Balls]) -> Balls:
+        """Return the clips of all parts, in their order."""
+        return cls(*(torch.cat([getattr(one, name) for one in parts]) for name in cls.__slots__))
 
     def __len__(self) -> int:
         return len(self.clips)

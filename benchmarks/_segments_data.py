@@ -113,12 +113,15 @@ def drawn(count: int, dice: torch.Generator, *, held_out: bool = False, scenes: 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the eyes find in each scene, [B, S]: places in `COLOURS`, `PLACES` and `SIDES`, or -1; and the side in px."""
+    """What the eyes find in each scene, [B, S]: places in `COLOURS`, `PLACES` and `SIDES`, or -1; the side in px, which is the
+    root of the coloured area; and the share of frames that show exactly a square of an identity's size.
+    """
 
     colours: Tensor
     places: Tensor
     sides: Tensor
     px: Tensor
+    squares: Tensor
 
 
 def look(clips: Tensor, frames: Sequence[int] | None = None) -> Seen:
@@ -140,6 +143,7 @@ def look(clips: Tensor, frames: Sequence[int] | None = None) -> Seen:
                 _agreed(torch.stack([left, count - left], dim=1), count),
                 torch.where(apart < NEAR, side, -1),
                 px,
+                _square(scene < len(COLOURS)).float().mean(1),
             )
         )
     return Seen(*(torch.stack(parts, dim=1) for parts in zip(*found, strict=True)))
@@ -151,11 +155,22 @@ def _agreed(votes: Tensor, count: Tensor) -> Tensor:
     return torch.where(most >= PURE * count.clamp_min(1), which, -1)
 
 
+def _square(inked: Tensor) -> Tensor:
+    """Return which frames [B, F, 8, 8] show one filled square of an identity's side, [B, F]."""
+    lattice = torch.arange(SIZE)
+    spans = []
+    for lines in (inked.any(-1), inked.any(-2)):  # rows, columns [B, F, 8]
+        last = torch.where(lines, lattice, -1).amax(-1)
+        spans.append(last - torch.where(lines, lattice, SIZE).amin(-1) + 1)
+    filled = inked.sum(dim=(-2, -1)) == spans[0] * spans[1]
+    return filled & (spans[0] == spans[1]) & torch.isin(spans[0], torch.tensor(SIDES))
+
+
 def scored(seen: Seen, asked: Stories, *, first: int = 0) -> dict[str, float]:
     """Return the shares of scenes from `first` on that are right, and of whole stories.
 
     `colour` and `place` are what the caption names, `caption` is both, `story` that of all scenes; `identity` is the size of the
-    scene before any cut met again, asked of later scenes alone.
+    scene before any cut met again, asked of later scenes alone; `square` is the share of frames whose drawing is exact.
     """
     colour, place = (
         (mine == theirs)[:, first:]
@@ -172,6 +187,7 @@ def scored(seen: Seen, asked: Stories, *, first: int = 0) -> dict[str, float]:
             ("caption", both),
             ("story", both.all(dim=1)),
             ("identity", same),
+            ("square", seen.squares[:, first:]),
         )
     }
 

@@ -77,12 +77,18 @@ class Maker:
         return denoise
 
 
+def exam(count: int) -> tuple[Stories, Stories, Stories]:
+    """Return `count` test stories of triples of colours that are never trained, of trained ones, and of six scenes."""
+    dice = torch.Generator().manual_seed(TEST)
+    longer = drawn(count, dice, held_out=True, scenes=LONG)
+    return drawn(count, dice, held_out=True), drawn(count, dice), longer
+
+
 def figures_of(maker: Maker, count: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return every figure of a network from `count` stories a task, and the first clips of some tasks."""
-    dice = torch.Generator().manual_seed(TEST)
-    held, learnt = drawn(count, dice, held_out=True), drawn(count, dice)
+    held, learnt, long = exam(count)
     made = maker.make(held, TEST)
-    longer, long_clips = told_on(maker, drawn(count, dice, held_out=True, scenes=LONG))
+    longer, long_clips = told_on(maker, long)
     figures = {
         "held_out": scored(look(made), held),
         "learnt": scored(look(maker.make(learnt, TEST + 1)), learnt),
@@ -97,7 +103,7 @@ def figures_of(maker: Maker, count: int) -> tuple[dict[str, Any], dict[str, Tens
 
 def held_out(maker: Maker, count: int) -> dict[str, float]:
     """Return the figures of `count` stories whose triples of colours no training had."""
-    stories = drawn(count, torch.Generator().manual_seed(TEST), held_out=True)
+    stories, *_ = exam(count)
     return scored(look(maker.make(stories, TEST)), stories)
 
 
@@ -147,6 +153,7 @@ def told_on(maker: Maker, stories: Stories) -> tuple[dict[str, Any], Tensor]:
         "place": seen.places == stories.places,
         "identity": same,
         "drift_px": (seen.px - seen.px[:, :1]).abs(),
+        "square": seen.squares,
     }
     return {name: one.float().mean(0).tolist() for name, one in by_scene.items()}, clips
 

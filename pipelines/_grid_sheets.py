@@ -127,7 +127,7 @@ def headline(table: Table) -> str:
     """Return in one line what does not change in a grid."""
     request = table.grid.request
     changing = {axis.field for axis in table.grid.axes}
-    parts = [] if "prompt" in changing else [request.prompt or f"class {request.class_label}"]
+    parts = [] if "prompt" in changing else [request.words]
     parts += [] if "model" in changing else [Path(request.model).name]
     for name in ("steps", "guidance", "width", "height"):
         value = getattr(request, name)

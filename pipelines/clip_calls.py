@@ -13,7 +13,7 @@ from pipelines.catalog import Card
 from pipelines.families import fps_of, frame_ratio, legal_frames
 from pipelines.inputs import Inputs
 from pipelines.request import Request, RequestError
-from pipelines.schedule import Part, length_of, read_numbers, read_prompts, spread
+from pipelines.schedule import Part, length_of, read_numbers, read_prompts, spread, text_of
 
 _OURS = ("window", "overlap", "window_seeds", "scene_frames", "task", "mask")
 STRENGTH = Request(prompt="-").strength
@@ -90,6 +90,19 @@ def frames_of(request: Request, card: Card) -> int | None:
         or (length_of(parts) if parts else None)
         or (trained if isinstance(trained, int) else None)
     )
+
+
+def captions_of(request: Request) -> str:
+    """Return the prompts of a clip, with the frames of each scene where the request counts them. Raises: RequestError."""
+    parts = _captions(request)
+    lengths = _numbers(request, "scene_frames")
+    if lengths is None:
+        return text_of(parts)
+    lengths = lengths * len(parts) if len(lengths) == 1 else lengths
+    if len(lengths) != len(parts):
+        return text_of(parts)
+    ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
+    return text_of([Part(one.text, end - length, end) for one, length, end in zip(parts, lengths, ends, strict=True)])
 
 
 def _check_own(request: Request) -> None:
@@ -180,6 +193,8 @@ def _clip(pipeline: Any, request: Request, card: Card, inputs: Inputs) -> dict[s
     if frames is None:  # of a clip of which a part is made anew, all frames come
         frames = len(inputs.clip) if request.task == "region" or inputs.mask is not None else trained
     found: dict[str, Any] = {"num_frames": frames, "last_image": inputs.last_image}
+    if request.words == "no prompt" and request.guidance is None:
+        found["guidance_scale"] = 1.0  # there is nothing to lead towards
     if inputs.clip:
         found |= {"video": _shown(request, inputs, frames), "task": _task(pipeline, request, inputs, frames)}
     seeds = _numbers(request, "window_seeds")

@@ -194,9 +194,8 @@ def _picture(request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch) ->
         warnings.append(f"asked for {request.frames} frames, made {len(frames)}: the nearest that it can")
     if "overlap" in given:
         count, window = runs_of(pipeline, given), given["window"]
-        warnings.append(
-            f"made in {count} windows of {window} frames, {given['overlap']} or more of them given"
-        )
+        made_in = "one window" if count == 1 else f"{count} windows"
+        warnings.append(f"made in {made_in} of {window} frames, {given['overlap']} or more of them given")
     made = (frames[0].width, frames[0].height)
     asked = (request.width or made[0], request.height or made[1])
     if made != asked:

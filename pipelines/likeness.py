@@ -70,6 +70,15 @@ class Likeness:
             found.verdict, found.verdict
         )
 
+    def __str__(self) -> str:
+        if not self.is_clip or self.motions is None or self.difference.largest == 0:
+            return str(self.difference)
+        a, b = self.motions
+        return (
+            f"{self.difference}\nworst frame {self.worst}: {self.frames[self.worst]:.1f} dB; flicker {self.flicker:.2f}, motion "
+            f"{a:.2f} and {b:.2f} grey levels a frame"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; an infinite PSNR is null."""
         clip: dict[str, Any] = {}

@@ -230,6 +230,8 @@ def _heard(pipeline: Any, prompts: Mapping[int, str] | None, window: Window) -> 
     if len(prompts) == 1 or not pipeline.tells_scenes:
         return {"prompt": prompts[at(window.new.start)]}
     captions = [(first, len(list(same))) for first, same in groupby(range(window.start, window.end), at)]
+    if len(captions) == 1:
+        return {"prompt": prompts[captions[0][0]]}
     return {
         "prompt": [prompts[first] for first, _ in captions],
         "caption_frames": [count for _, count in captions],

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.compare import Difference, difference, difference_of_clips
+from pipelines.likeness import Likeness, likeness
 from pipelines.request import Request, RequestError
+from pipelines.video_files import LOSSY
 
 if TYPE_CHECKING:
     from pipelines.generate import OnStep
@@ -188,9 +190,13 @@ def compare(
     )
 
 
-def files(a: str | Path, b: str | Path) -> Difference:
-    """Compare two picture files. Raises: RequestError where one cannot be read or their sizes differ."""
+def files(a: str | Path, b: str | Path) -> Difference | Likeness:
+    """Compare two files: pictures, clips or folders of frames. Raises: RequestError where one cannot be read or sizes differ."""
     from pipelines.inputs import read_image
+
+    first, second = Path(a).expanduser(), Path(b).expanduser()
+    if _moving(first) or _moving(second):
+        return likeness(first, second, ("first file", "second file"))
 
     pictures = [read_image(str(one))[0] for one in (a, b)]
     assert pictures[0] is not None
@@ -199,6 +205,19 @@ def files(a: str | Path, b: str | Path) -> Difference:
         return difference(pictures[0], pictures[1])
     except ValueError as error:
         raise RequestError("files", f"{a} and {b}", f"pictures that can be compared ({error})") from None
+
+
+def _moving(path: Path) -> bool:
+    """Whether a file holds more than one picture; one that cannot be read is told of when it is."""
+    from PIL import Image
+
+    if path.is_dir() or path.suffix.lower() in LOSSY:
+        return True
+    try:
+        with Image.open(path) as opened:
+            return int(getattr(opened, "n_frames", 1)) > 1
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return False
 
 
 def _differences(result: Result, other: Result) -> list[Difference]:

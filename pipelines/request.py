@@ -194,7 +194,7 @@ class Request:
             "prompt",
             self.prompt,
             PROMPT_LENGTH,
-            empty=self.class_label is not None or self.prompts is not None,
+            empty=self.class_label is not None or self.prompts is not None or self.task == "unconditional",
         )
         self._check_clip()
         for name in ("last_image", "clip", "mask"):
@@ -212,6 +212,13 @@ class Request:
                 )
         if self.class_label is not None and self.prompt:
             raise RequestError("prompt", self.prompt, "empty where a class number is given")
+
+    @property
+    def words(self) -> str:
+        """What is asked for, as people would say it."""
+        if self.class_label is not None:
+            return f"class {self.class_label}"
+        return self.prompt or self.prompts or "no prompt"
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, checked again."""

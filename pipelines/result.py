@@ -108,7 +108,7 @@ class Picture:
             "Model": model_name(request.model),
             "Accelerators": "; ".join(map(str, request.accelerators)) or "none (exact)",
         }
-        lines = [request.prompt or f"class {request.class_label}"]
+        lines = [request.words]
         lines += [f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else []
         if request.metadata != "full":
             lines = [WITHHELD]
@@ -305,8 +305,7 @@ def sync_folder(folder: Path) -> None:
 def _slug(request: Request) -> str:
     if request.metadata != "full":  # a name is told as well
         return "picture"
-    text = request.prompt or f"class {request.class_label}"
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", request.words.lower()).strip("-")[:40].strip("-") or "picture"
 
 
 def _free(folder: Path, stem: str, taken: list[Path]) -> Path:

@@ -342,12 +342,74 @@ def test_a_painted_part_becomes_a_mask_of_the_pictures_own_pixels(methods: Any, 
     full, none = Image.new("L", (800, 800), 255), Image.new("L", (64, 48), 0)
     for editor, words in (
         (painted(tmp_path / "blank", Image.new("RGB", (800, 800), "white"), full), "drop it once more.*got 'a blank canvas'"),
+        (painted(tmp_path / "nothing", Image.new("RGBA", (800, 800), (9, 9, 9, 0)), full), "drop it once more"),
         (painted(tmp_path / "sizes", start, full), "the picture's size, 64 x 48 px.*got '800 x 800 px'"),
         (painted(tmp_path / "unpainted", start, none), "a part painted over"),
         (None, "a part painted over"),
     ):  # fmt: skip
         with pytest.raises(RequestError, match=words):
             fields(editor)
+
+
+@pytest.mark.parametrize(("colour", "side"), [("white", 64), ("red", 64), ("red", 800)])
+def test_a_picture_of_one_colour_is_a_picture(methods: Any, tmp_path: Path, colour: str, side: int) -> None:
+    from PIL import Image
+
+    card = dataclasses.replace(CARD, pipeline="TextToImagePipeline")
+    keep = given_inputs.Uploads(tmp_path / "kept").of("ann")
+    editor = painted(tmp_path, Image.new("RGB", (side, side), colour), Image.new("L", (side, side), 255))
+    found = given_inputs.fields_of(controls(methods, task="inpaint", editor=editor), card, keep)
+    assert Image.open(found["image"]).size == (side, side)
+
+
+def test_a_canvas_of_another_shape_is_told_before_a_job_is_made(
+    jobs: Jobs, fake: Fake, page_of: Any, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    create = page_of(jobs)[0]
+    create.house.cards["toy"] = dataclasses.replace(CARD, pipeline="TextToImagePipeline")
+    editor = painted(tmp_path, Image.radial_gradient("L").resize((64, 64)), Image.new("L", (64, 64), 0))
+
+    def press(**pixels: int) -> Any:
+        sides = {f"outpaint.{side}": value for side, value in pixels.items()}
+        given = controls(create.methods, task="inpaint", editor=editor, size="64x64", **sides)
+        return create._submit(ME, "", *(given[name] for name in create.inputs))
+
+    told = press(left=16)
+    assert told[create.parts["job"]] == ""
+    assert "64x64 px: the starting picture and what is added to it have 80x64 px" in told[create.parts["status"]]
+    assert not jobs.ledger.counts()["waiting"]
+    assert press(left=16, top=8, bottom=8)[create.parts["job"]]
+
+
+def test_a_double_click_asks_for_one_picture(jobs: Jobs, fake: Fake, page_of: Any) -> None:
+    create = page_of(jobs)[0]
+    given = controls(create.methods, seed="")
+    values = [given[name] for name in create.inputs]
+    first, second = (create._submit(ME, "", *values) for _ in range(2))
+    assert first[create.parts["job"]] == second[create.parts["job"]]
+    assert first[create.inputs["seed"]] == second[create.inputs["seed"]]
+    other = create._submit(YOU, "", *values)[create.parts["job"]]
+    assert other != first[create.parts["job"]], "another browser's press is its own"
+    measured = create._measure(ME, "", *values)[create.parts["job"]]
+    assert measured != first[create.parts["job"]]
+    jobs.cancel(measured)
+    jobs.cancel(other)
+    jobs.cancel(first[create.parts["job"]])
+    fake.go.release(20)
+    deadline = time.monotonic() + WAIT
+    while not jobs.get(measured).over and time.monotonic() < deadline:  # type: ignore[union-attr]
+        time.sleep(0.01)
+    assert create._measure(ME, "", *values)[create.parts["job"]] != measured, "a run that is over can be asked for again"
+
+
+def test_a_file_is_asked_for_where_no_adapter_of_the_models_own_is_chosen(jobs: Jobs, page_of: Any) -> None:
+    create, blocks = page_of(jobs)
+    for key in ("control1", "control3", "lora1", "lora4"):
+        chosen, file = create.inputs[f"{key}.adapter"], create.inputs[f"{key}.file"]
+        (shown,) = [one.fn for one in blocks.fns.values() if [chosen] == one.inputs and [file] == one.outputs]
+        assert (shown("edges").visible, shown("").visible) == (False, True)
 
 
 def test_pixels_at_the_sides_become_a_written_mask_and_come_back(methods: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ import app_clips
 import app_form
 import app_given
 import app_tasks
+from app_inputs import TaskInputs
 from pipelines.catalog import Card
 from pipelines.request import Request, RequestError
 from pipelines.video_files import encode
@@ -97,6 +99,27 @@ def test_a_story_goes_from_the_form_to_its_request_and_back() -> None:
     assert (plain.prompts, plain.prompt) == (None, "a red ball | a blue box")
     with pytest.raises(RequestError, match="prompt"):
         form_says(values | {"prompt": "a red ball | "}, model)
+
+
+def test_scenes_of_their_own_lengths_come_back_with_their_frames() -> None:
+    model = dataclasses.replace(card(), more={"frames": 16, "tells_scenes": True, "scenes": 3, "scene_frames": 8})
+    uneven = app_form.values_of(asked("a | b | c", "8,4,8"), model, {})
+    assert (uneven["prompt"], uneven["frames"]) == ("0-8: a | 8-12: b | 12-20: c", 20)
+    plain = app_form.values_of(asked("a | b | c"), model, {})
+    assert (plain["prompt"], plain["frames"]) == ("a | b | c", 24), "as many as the story has"
+    story = app_form.values_of(asked("a | b", "4"), card("StoryToVideoPipeline"), {})
+    assert (story["prompt"], story["frames"]) == ("0-4: a | 4-8: b", 8)
+    assert app_form.values_of(asked("a | b", "1,2,3"), model, {})["frames"] == 16
+    form = TaskInputs({"none": model}, {}, {})
+    assert (form._frames("story", "none").value, form._frames("story", "none").placeholder) == (None, "8 a scene")
+    assert form._frames("clip", "none").placeholder == "the model's own"
+
+
+def test_what_of_a_clip_the_form_cannot_hold_is_told() -> None:
+    request = Request(model="none", prompt="a", clip="film.mp4", task="predict", given=4, window=8, frames=24)
+    told = app_given.left_out(request, card())
+    assert told == ["its clip", "its task", "its count of given frames", "its window"]
+    assert not app_given.left_out(Request(model="none", prompt="a", frames=24), card())
 
 
 def test_stories_are_for_models_that_hear_more_than_one_caption() -> None:

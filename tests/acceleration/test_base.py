@@ -130,6 +130,23 @@ def test_more_steps_than_were_told_are_noted(toy: Any) -> None:
     assert not run.report().notes
 
 
+def test_fewer_steps_than_were_told_are_noted_when_the_run_is_over(toy: Any) -> None:
+    with accelerated(toy.model, DeltaCache(), steps=12) as run:
+        toy.run(10)
+        assert not run.report().notes, "more may come"
+    (note,) = run.report().notes
+    assert note.startswith("the run had 10 timesteps, fewer than the 12 steps that were told")
+    with accelerated(toy.model, DeltaCache(), steps=12) as run:
+        toy.run(10)
+        toy.run(12)
+        (note,) = run.report().notes
+    assert "had 10 timesteps" in note
+    with accelerated(toy.model, DeltaCache(), steps=10) as run:
+        toy.run(10)
+        toy.run(10)
+    assert not run.report().notes
+
+
 def test_a_model_compiled_in_place_is_refused(toy: Any) -> None:
     toy.model.compile(backend="eager")
     with pytest.raises(Refused, match="compiled as a whole"), accelerated(toy.model, DeltaCache()):

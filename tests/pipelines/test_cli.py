@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from acceleration.delta_cache import DeltaCache
-from pipelines import cli, machine
+from pipelines import catalog, cli, machine
 from pipelines.catalog import Unavailable
 from pipelines.request import Request
 from pipelines.result import SaveError
@@ -212,11 +212,20 @@ def test_inspect(run: Run, tiny: str) -> None:
         assert err.startswith("leapfrog: ")
 
 
-def test_models_and_doctor(run: Run) -> None:
+def test_models_and_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("models", "--json")
     assert code == 0
     assert isinstance(json.loads(out)["models"], dict)
     assert "safetensors only" in run("models")[1]
+    cards = {
+        "pictures": catalog.Card(name="pictures", title="pictures", summary="Things on white.", width=64, height=32),
+        "films": catalog.Card(name="films", title="Films", task="text-to-video", width=64, height=64, more={"frames": 16}),
+    }  # fmt: skip
+    monkeypatch.setattr(catalog, "shipped", lambda: cards)
+    assert run("models")[1].splitlines()[:2] == [
+        "pictures\t64x32 px\ttext-to-image\tThings on white.", "films\t64x64 px, 16 frames\ttext-to-video\tFilms",
+    ]  # fmt: skip
+    monkeypatch.undo()
     code, out, _ = run("doctor", "--json")
     found = json.loads(out)
     assert code == (3 if found["problems"] else 0)
@@ -331,6 +340,22 @@ def test_compare_of_two_files(run: Run) -> None:
     code, out, _ = run("compare", "a.png", "b.png", "--json")
     assert code == 0
     assert json.loads(out)["psnr_db"] == 20.53
+    for name, shades in {"c": (10, 40, 90), "d": (10, 52, 90)}.items():
+        first, *rest = [Image.new("RGB", (16, 16), (one, one, one)) for one in shades]
+        first.save(f"{name}.gif", save_all=True, append_images=rest, duration=100)
+        Path(f"{name}.frames").mkdir()
+        for place, one in enumerate((first, *rest)):
+            one.save(f"{name}.frames/{place}.png")
+    for ending in ("gif", "frames"):
+        code, out, _ = run("compare", f"c.{ending}", f"d.{ending}", "--json")
+        found = json.loads(out)
+        assert (code, found["worst_frame"], found["largest"]) == (0, 1, 12), "every frame counts, not the first"
+        assert found["motion"]["b"] > found["motion"]["a"] - 1
+    assert "worst frame 1: 26.5 dB; flicker 12.00" in run("compare", "c.frames", "d.frames")[1]
+    assert run("compare", "c.gif", "c.frames")[1] == "identical\n"
+    code, _, err = run("compare", "a.png", "c.gif")
+    assert code == 1
+    assert "16 x 16 px, 3 frames" in err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from control.conditions import read_picture
 from pipelines import inputs
 from pipelines.inputs import read_image
 from pipelines.request import RequestError
+from pipelines.video_files import encode
 
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK")
 
@@ -51,7 +52,7 @@ def test_every_mode_is_read_as_conditions_are(tmp_path: Path, mode: str) -> None
 @pytest.mark.parametrize(
     ("name", "words"),
     [("empty.png", "it is empty"), ("text.png", "no picture is recognised in it"), ("none.png", "there is no such file"),
-     ("cut.png", "truncated"), ("folder.png", "is a directory")],
+     ("cut.png", "truncated"), ("folder.png", "it is a folder: give one")],
 )  # fmt: skip
 @pytest.mark.parametrize("field", ["image", "last_image"])
 def test_what_is_no_picture_is_told_in_words(tmp_path: Path, name: str, words: str, field: str) -> None:
@@ -68,6 +69,28 @@ def test_what_is_no_picture_is_told_in_words(tmp_path: Path, name: str, words: s
     assert f"picture ({words}" in told or (name == "cut.png" and words in told)
     assert "0x" not in told, "no object's address"
     assert "Errno" not in told
+
+
+@pytest.mark.parametrize("ending", [".gif", ".png", ".webp"])
+def test_of_an_animation_the_first_frame_is_taken_and_that_is_told(tmp_path: Path, ending: str) -> None:
+    frames = [Image.new("RGB", (12, 8), colour) for colour in ("red", "blue", "green")]
+    path = tmp_path / f"moving{ending}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    notes: list[str] = []
+    found, _ = read_image(str(path), "last_image", notes)
+    assert found is not None
+    assert np.asarray(found)[4, 6].tolist() == [255, 0, 0]
+    assert notes == [f"last_image: of the 3 frames of {path.name} the first was taken"]
+    frames[0].save(tmp_path / f"still{ending}")
+    read_image(str(tmp_path / f"still{ending}"), "image", notes)
+    assert len(notes) == 1
+
+
+def test_a_film_is_no_picture_and_where_it_belongs_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(encode([Image.new("RGB", (16, 16), "red")] * 2, ".mp4", 8, "{}"))
+    with pytest.raises(RequestError, match="it is a film: give one of its frames, or give it as the clip"):
+        read_image(str(path))
 
 
 def test_what_is_too_large_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

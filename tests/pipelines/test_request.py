@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from typing import Any
@@ -148,3 +149,20 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
     script = f"import sys; {code}; print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": "a cat"}, "a cat"),
+        ({"prompts": "a cat | a dog"}, "a cat | a dog"),
+        ({"class_label": 0}, "class 0"),
+        ({"task": "unconditional"}, "no prompt"),
+    ],
+)
+def test_a_request_in_words_and_as_the_name_of_a_file(fields: dict[str, Any], words: str) -> None:
+    from pipelines.result import _slug
+
+    request = Request(**fields)
+    assert request.words == words
+    assert _slug(request) == re.sub("[^a-z0-9]+", "-", words)
