@@ -115,7 +115,8 @@ def fields_of(values: Mapping[str, Any], card: Card, keep: Store) -> dict[str, A
         found |= {"panels": whole(values["panels"]), "layout": values["layout"]}
         found |= {"known": values["known"]} if values["image"] else {}
     if tasks.TASKS[task].clip:
-        found |= {"frames": whole(values["frames"]), "fps": values["fps"] or None}
+        found |= {"frames": whole(values["frames"]) or None}
+        found["fps"] = None if values["fps"] in (None, 0, card.more.get("fps")) else values["fps"]
     if task == "story":
         found["prompts"] = values["prompt"] or ""
     return found
@@ -126,7 +127,8 @@ def values_of(request: Request, card: Card) -> dict[str, Any]:
     frames = _frames(request, card)
     found: dict[str, Any] = {
         "task": tasks.task_of(request, card), "image": None, "editor": None, "last_image": None, "strength": request.strength,
-        "panels": request.panels or 4, "layout": request.layout, "known": request.known, "frames": frames, "fps": request.fps,
+        "panels": request.panels or 4, "layout": request.layout, "known": request.known, "frames": frames,
+        "fps": request.fps or card.more.get("fps"),
         "file_type": ".png",
     }  # fmt: skip
     added = sides(str(request.mask)) if written(request.mask) else {}

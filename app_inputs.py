@@ -100,13 +100,13 @@ class TaskInputs:
         inputs["known"] = form.control(
             fields["known"], label="How a starting picture is held", visible="known" in shown
         )
-        with gr.Row():
+        with gr.Row():  # gradio shows and says 0 of a number field without a value, so that must be a legal one
             inputs["frames"] = gr.Number(
-                card.more.get("frames") or given.FRAMES, label="Frames", precision=0, minimum=1, maximum=1000,
-                visible="frames" in shown, min_width=110, placeholder="the model's own",
+                card.more.get("frames") or given.FRAMES, label="Frames", precision=0, minimum=0, maximum=1000,
+                visible="frames" in shown, min_width=110,
             )  # fmt: skip
             inputs["fps"] = gr.Number(
-                None, label="Frames a second", minimum=1, maximum=120, visible="fps" in shown, min_width=110,
+                card.more.get("fps"), label="Frames a second", minimum=0, maximum=120, visible="fps" in shown, min_width=110,
                 placeholder="the model's own",
             )  # fmt: skip
             kinds = [("PNG, lossless", ".png"), ("MP4", ".mp4"), ("GIF", ".gif")]
@@ -195,7 +195,7 @@ class TaskInputs:
         groups = [inputs.get(name, parts.get(name)) for name in GROUPS]
         inputs["task"].change(_groups, inputs["task"], groups, queue=False, **_PRIVATE)
         inputs["task"].input(
-            self._frames, [inputs["task"], inputs["model"]], inputs["frames"], queue=False, **_PRIVATE
+            self._frames, [inputs[name] for name in ("task", "model", "frames")], inputs["frames"], queue=False, **_PRIVATE
         )
         for key in (*_keys("control", given.CONTROLS), *_keys("lora", given.LORAS)):
             chosen = [inputs["model"], inputs[f"{key}.adapter"], inputs[f"{key}.file"]]
@@ -235,7 +235,8 @@ class TaskInputs:
         found = {
             inputs["task"]: gr.Radio(choices, value=_first(card), visible=len(choices) > 1),
             self.parts["refused"]: refused(card),
-            inputs["frames"]: gr.Number(card.more.get("frames") or given.FRAMES),
+            inputs["frames"]: gr.Number(card.more.get("frames") or given.FRAMES, label="Frames"),
+            inputs["fps"]: gr.Number(card.more.get("fps")),
         }
         for key in (*_keys("control", given.CONTROLS), *_keys("lora", given.LORAS)):
             found[inputs[f"{key}.adapter"]] = gr.Dropdown(
@@ -243,13 +244,13 @@ class TaskInputs:
             )
         return found
 
-    def _frames(self, task: str, model: str) -> Any:
+    def _frames(self, task: str, model: str, now: float | None) -> Any:
         """Leave the frames of a story to its scenes, where the model knows how long these are."""
-        card = self.cards.get(model)
-        own = card.more.get("scene_frames") if card is not None and task == "story" else None
+        more = self.cards[model].more if model in self.cards else {}
+        own = more.get("scene_frames") if task == "story" else None
         if isinstance(own, int):
-            return gr.Number(None, placeholder=f"{own} a scene")
-        return gr.Number(placeholder="the model's own")
+            return gr.Number(0, label=f"Frames (0: {own} a scene)")
+        return gr.Number(now or more.get("frames") or given.FRAMES, label="Frames")
 
     def _covered(self, model: str, name: str, file: str | None) -> str:
         try:

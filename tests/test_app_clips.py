@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,6 +81,11 @@ def card(pipeline: str = "TextToVideoPipeline", task: str = "text-to-video") -> 
     )
 
 
+def value(component: Any) -> Any:
+    """Return the value of a component that an event gives back."""
+    return component["value"] if isinstance(component, dict) else component.value
+
+
 def form_says(values: dict[str, Any], model: Card) -> Request:
     more = app_given.fields_of(values, model, str)  # type: ignore[arg-type]  # no file is kept
     return app_form.request_of(values, {}, more=more)
@@ -95,6 +101,8 @@ def test_a_story_goes_from_the_form_to_its_request_and_back() -> None:
     again = app_form.values_of(request, model, {})
     assert (again["task"], again["prompt"]) == ("story", "a red ball | a blue box")
     assert form_says(again, model) == request
+    assert form_says(values | {"frames": 0, "fps": 0}, model) == form_says(values | {"frames": None, "fps": None}, model)
+    assert form_says(values | {"frames": 0}, model).frames is None, "gradio's word for an empty field"
     plain = form_says(values | {"task": "clip"}, model)
     assert (plain.prompts, plain.prompt) == (None, "a red ball | a blue box")
     with pytest.raises(RequestError, match="prompt"):
@@ -111,8 +119,25 @@ def test_scenes_of_their_own_lengths_come_back_with_their_frames() -> None:
     assert (story["prompt"], story["frames"]) == ("0-4: a | 4-8: b", 8)
     assert app_form.values_of(asked("a | b", "1,2,3"), model, {})["frames"] == 16
     form = TaskInputs({"none": model}, {}, {})
-    assert (form._frames("story", "none").value, form._frames("story", "none").placeholder) == (None, "8 a scene")
-    assert form._frames("clip", "none").placeholder == "the model's own"
+    for task, now, shown in (("story", 16, (0, "Frames (0: 8 a scene)")), ("clip", 0, (16, "Frames")), ("clip", 5, (5, "Frames"))):
+        field = form._frames(task, "none", now)
+        assert (field.value, field.label) == shown
+
+
+def test_number_fields_of_a_clip_take_the_0_that_gradio_says_of_an_empty_one() -> None:
+    inputs: dict[str, Any] = {}
+    form = TaskInputs({"none": card()}, inputs, {})
+    with gr.Blocks():
+        form.draw_task(card())
+        form.draw_inputs(card())
+        form.draw_loras(card())
+    for name in ("frames", "fps"):
+        assert inputs[name].preprocess(0) == 0, "a page that began with a model of pictures says so"
+    told = dataclasses.replace(card(), more={"frames": 16, "fps": 8})
+    assert value(form.of_model(told)[inputs["fps"]]) == 8
+    values = app_form.values_of(Request(model="none", prompt="a", seed=3), told, {}) | {"profile": ""}
+    assert (values["fps"], form_says(values, told).fps) == (8, None)
+    assert form_says(values | {"fps": 12}, told).fps == 12
 
 
 def test_what_of_a_clip_the_form_cannot_hold_is_told() -> None:

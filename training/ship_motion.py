@@ -20,10 +20,13 @@ EXAMPLES = [
     "a red ball moves to the right", "a large blue square falls and bounces",
     "a small yellow cross moves left behind a white wall", "a green triangle moves up and a purple circle moves down",
 ]  # fmt: skip
-LIMITS = (
-    "Six colours, four shapes, two plain grounds; up to three things that move straight, bounce, fall, rest or pass behind a wall; "
-    "a camera that pans or zooms. What is not on the list comes out as its nearest kin."
-)
+LIMITS = {
+    "full": "Six colours, four shapes, two plain grounds; up to three things that move straight, bounce, fall, rest or pass behind "
+    "a wall; a camera that pans or zooms.",
+    "small": "Six colours, four shapes, two plain grounds; one thing, seldom two, that move straight, bounce, fall, rest or pass "
+    "behind a white wall, before a camera that rests. Drawn at 16 px and enlarged: corners are soft.",
+}
+"""What a model has learnt, by its world."""
 
 
 def card(recipe: dict[str, Any], name: str) -> dict[str, Any]:
@@ -41,11 +44,14 @@ def card(recipe: dict[str, Any], name: str) -> dict[str, Any]:
         "low": SIDE,
         "high": SIDE,
         "frames": data["frames"],
+        "scenes": data["scenes"],
+        "scene_frames": data["scene_frames"],
         "fps": 8,
         "steps": 24,
         "guidance": 3.0,
         "examples": EXAMPLES,
-        "limits": LIMITS,
+        "limits": LIMITS[data.get("world", "full")]
+        + " What is not on the list comes out as its nearest kin.",
         "colours": list(COLOURS),
         "world": data.get("world", "full"),
         "shapes": {shape: list(words) for shape, words in SHAPES.items()},
