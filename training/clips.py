@@ -213,9 +213,14 @@ def _one(dice: np.random.Generator, ways: Sequence[str]) -> str:
 
 
 def film(
-    script: Script, dice: np.random.Generator, *, frames: int = 16, background: int | None = None
+    script: Script,
+    dice: np.random.Generator,
+    *,
+    frames: int = 16,
+    background: int | None = None,
+    still: int | None = None,
 ) -> Clip:
-    """Draw one scene of a script: places, exact sizes and the ground are drawn from `dice`."""
+    """Draw one scene of a script: places, exact sizes and the ground are drawn from `dice`. `still`: this one frame alone."""
     ground = int(dice.integers(len(BACKGROUNDS))) if background is None else background
     scale = 1 + (ZOOM * np.arange(frames) if script.camera == "zoom in" else np.zeros(frames))
     travel = _travel(script.camera, frames)
@@ -228,6 +233,8 @@ def film(
         centres = SIDE / 2 + (centres - SIDE / 2) * scale[:, None, None]
     wall = _wall(script.movers[0], sizes[0], centres[:, 0, 0], dice) if script.wall else None
     offset = dice.uniform(0, LINES, 2)
+    if still is not None:
+        centres, radii, travel, scale = (one[still : still + 1] for one in (centres, radii, travel, scale))
     pixels, visible = _drawn(script, centres.astype(np.float32), radii, ground, travel + offset, scale, wall)
     return Clip(pixels, centres.astype(np.float32), radii, visible, script, ground)
 

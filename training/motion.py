@@ -35,6 +35,7 @@ class Batch:
     latents: Tensor
     prompts: dict[str, Tensor]
     mask: Tensor
+    index: Tensor | None = None  # places in time [B, F], where they are not 0..F-1
 
 
 @dataclass(slots=True)
@@ -103,12 +104,28 @@ class Clips:
         latents = self._latents(clips)
         side = latents.shape[-1]
         mask = torch.stack([self._mask(tasks, frames, side, dice) for _ in range(count)])
-        which = torch.where(torch.rand(count, generator=dice) < self.data["drop"], 0, which)
-        prompts = {
+        return Batch(latents, self._heard(which, dice), mask)
+
+    def stills(self, count: int, dice: torch.Generator) -> Batch:
+        """Draw `count` single frames, each at its place in time: what a thing looks like costs a frame, not a clip."""
+        frames = self.data["frames"]
+        drawn = np.random.default_rng(int(torch.randint(2**62, (), generator=dice)))
+        which = torch.randint(1, len(self.scripts.scripts), (count,), generator=dice)
+        index = torch.randint(frames, (count, 1), generator=dice)
+        pictures = [
+            film(self.scripts.scripts[place], drawn, frames=frames, still=at).frames
+            for place, at in zip(which.tolist(), index[:, 0].tolist(), strict=True)
+        ]
+        latents = self._latents(np.stack(pictures))
+        return Batch(latents, self._heard(which, dice), torch.ones_like(latents[:, 0]), index)
+
+    def _heard(self, which: Tensor, dice: torch.Generator) -> dict[str, Tensor]:
+        """Return the network's inputs for the captions of scripts [B], some of them dropped."""
+        which = torch.where(torch.rand(len(which), generator=dice) < self.data["drop"], 0, which)
+        return {
             "encoder_hidden_states": self.scripts.tokens[which].float(),
             "encoder_attention_mask": self.scripts.mask[which],
         }
-        return Batch(latents, prompts, mask)
 
     def _stories(self, count: int, drawn: np.random.Generator, dice: torch.Generator) -> Batch:
         scenes, frames = self.data["scenes"], self.data["scene_frames"]
@@ -177,15 +194,24 @@ class MotionTrainer(Trainer):
 
     def step(self) -> float:
         """One batch, one move of the weights; return the loss."""
-        story = float(torch.rand((), generator=self.dice)) < self.recipe["data"]["stories"]
-        batch = self.clips.draw(self.recipe["run"]["batch"], self.dice, story=story)
+        batch = self.draw()
         noise = torch.randn(batch.latents.shape, generator=self.dice)
         times = self.objective.times(len(batch.latents), self.dice)
         loss = self._error(batch, noise, times).mean()
         self.accelerator.backward(loss + sum(self.model.auxiliary_losses().values()))
         self.master.step(self.factor(), self.recipe["optimizer"]["clip"])
-        self.seen += len(batch.latents) * self.accelerator.num_processes
+        clips = len(batch.latents) if batch.index is None else self.recipe["run"]["batch"]
+        self.seen += clips * self.accelerator.num_processes
         return float(loss.detach())
+
+    def draw(self) -> Batch:
+        """Draw clips, a story, or as many single frames as a batch of clips has: at first these alone, if the recipe says so."""
+        data, count = self.recipe["data"], self.recipe["run"]["batch"]
+        chance = float(torch.rand((), generator=self.dice))
+        if self.progress() < data.get("stills_first", 0.0) or chance < data.get("stills", 0.0):
+            return self.clips.stills(count * data["frames"], self.dice)
+        story = chance < data.get("stills", 0.0) + data["stories"]
+        return self.clips.draw(count, self.dice, story=story)
 
     def _error(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
         """Return the weighted squared velocity error of each clip over its generated sites, [B]."""
@@ -193,7 +219,9 @@ class MotionTrainer(Trainer):
         level = times.reshape(-1, 1, 1, 1, 1)
         noisy = blend(clean, (1 - level) * clean + level * noise, mask)
         prompts = {name: value.to(self.device) for name, value in batch.prompts.items()}
-        made = self.model(noisy, times * 1000, mask=mask, clean=clean, **prompts, return_dict=False)[0]
+        made = self.model(
+            noisy, times * 1000, mask=mask, clean=clean, frame_index=batch.index, **prompts, return_dict=False
+        )[0]
         return masked_mean((made.float() - (noise - clean)).square(), mask) * self.objective.weights(times)
 
     @torch.no_grad()

@@ -247,6 +247,27 @@ def test_a_run_learns_goes_on_after_a_stop_and_leaves_a_network(
     assert parts + [second.step() for _ in range(2)] == losses
 
 
+def test_stills_are_frames_of_clips_and_come_first(recipe: dict[str, Any], tmp_path: Path) -> None:
+    script = write_script(dice(4), world="small")
+    whole, still = film(script, dice(7)), film(script, dice(7), still=5)
+    assert np.array_equal(still.frames, whole.frames[5:6])
+    assert np.array_equal(still.centres, whole.centres[5:6])
+
+    recipe["data"] |= {"stills": 0.5, "stills_first": 0.5, "stories": 0.0}
+    trainer = begun(recipe, tmp_path)
+    first = [trainer.draw() for _ in range(4)]
+    assert {batch.latents.shape[:3] for batch in first} == {(32, 3, 1)}, (
+        "as many frames as a batch of clips has"
+    )
+    assert all(batch.index is not None and batch.index.unique().tolist() == [0, 1, 2, 3] for batch in first)
+    loss = trainer.step()
+    assert np.isfinite(loss)
+    assert trainer.seen == recipe["run"]["batch"], "frames count as the clips that they cost"
+    trainer.seen = 60
+    kinds = {trainer.draw().latents.shape[2] for _ in range(20)}
+    assert kinds == {1, 4}
+
+
 def test_what_is_given_has_no_part_in_the_loss(recipe: dict[str, Any], tmp_path: Path) -> None:
     trainer = begun(recipe, tmp_path)
     batch = trainer.clips.draw(4, torch.Generator().manual_seed(0), tasks={"predict": 1.0})
