@@ -200,16 +200,20 @@ class MotionTrainer(Trainer):
         loss = self._error(batch, noise, times).mean()
         self.accelerator.backward(loss + sum(self.model.auxiliary_losses().values()))
         self.master.step(self.factor(), self.recipe["optimizer"]["clip"])
-        clips = len(batch.latents) if batch.index is None else self.recipe["run"]["batch"]
+        clips = (
+            len(batch.latents)
+            if batch.index is None
+            else -(-len(batch.latents) // self.recipe["data"]["frames"])
+        )
         self.seen += clips * self.accelerator.num_processes
         return float(loss.detach())
 
     def draw(self) -> Batch:
-        """Draw clips, a story, or as many single frames as a batch of clips has: at first these alone, if the recipe says so."""
+        """Draw clips, a story, or `stills_batch` single frames: at first these alone, if the recipe says so."""
         data, count = self.recipe["data"], self.recipe["run"]["batch"]
         chance = float(torch.rand((), generator=self.dice))
         if self.progress() < data.get("stills_first", 0.0) or chance < data.get("stills", 0.0):
-            return self.clips.stills(count * data["frames"], self.dice)
+            return self.clips.stills(data["stills_batch"], self.dice)
         story = chance < data.get("stills", 0.0) + data["stories"]
         return self.clips.draw(count, self.dice, story=story)
 

@@ -253,16 +253,14 @@ def test_stills_are_frames_of_clips_and_come_first(recipe: dict[str, Any], tmp_p
     assert np.array_equal(still.frames, whole.frames[5:6])
     assert np.array_equal(still.centres, whole.centres[5:6])
 
-    recipe["data"] |= {"stills": 0.5, "stills_first": 0.5, "stories": 0.0}
+    recipe["data"] |= {"stills": 0.5, "stills_first": 0.5, "stills_batch": 30, "stories": 0.0}
     trainer = begun(recipe, tmp_path)
     first = [trainer.draw() for _ in range(4)]
-    assert {batch.latents.shape[:3] for batch in first} == {(32, 3, 1)}, (
-        "as many frames as a batch of clips has"
-    )
+    assert {batch.latents.shape[:3] for batch in first} == {(30, 3, 1)}
     assert all(batch.index is not None and batch.index.unique().tolist() == [0, 1, 2, 3] for batch in first)
     loss = trainer.step()
     assert np.isfinite(loss)
-    assert trainer.seen == recipe["run"]["batch"], "frames count as the clips that they cost"
+    assert trainer.seen == 8, "frames count as the clips that they cost"
     trainer.seen = 60
     kinds = {trainer.draw().latents.shape[2] for _ in range(20)}
     assert kinds == {1, 4}
