@@ -55,9 +55,11 @@ def _two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     """The same as `attend`, with the scores [B, K, N, M] in memory."""
     q, k, v = (one.transpose(1, 2) for one in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask.bool(), float("-inf"))
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    if mask is None:
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    heard = mask.bool()  # a query that may hear nobody is answered with zeros, as by torch
+    weights = scores.masked_fill(~heard, torch.finfo(scores.dtype).min).softmax(dim=-1) * heard
+    return (weights @ v).transpose(1, 2)
 
 
 class JointProcessor:
