@@ -10,6 +10,7 @@ Paper: VDT, Lu et al. 2023, arXiv:2305.13311.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -18,9 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from benchmarks._bouncing_data import (
@@ -36,10 +36,14 @@ from benchmarks._bouncing_data import (
     throw,
     turns,
 )  # fmt: skip
-from benchmarks.machine import RESULTS, interleaved, record, write_json
+from benchmarks._motion_eyes import Frames
+from benchmarks.machine import RESULTS, commit, interleaved, record, write_json
+from benchmarks.motion import sheet
+from benchmarks.segments import missing
 from dit.backbones.vdt import VDT
-from dit.clip_masks import blend, draw_mask, masked_mean, task_mask
-from training.objectives import FlowMatching, euler
+from dit.clip_masks import blend, draw_mask, task_mask
+from training.attention import quick_backward
+from training.objectives import Denoiser, FlowMatching, euler
 from training.optimizers import Master
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -62,6 +66,7 @@ TEST_SEED = 10**9
 # Learning
 
 
+@quick_backward(torch.device("cpu"), torch.bfloat16)
 def trained(variant: str, seed: int, samples: int, batch: int = 32) -> tuple[VDT, dict[str, float]]:
     """Return a variant trained on `samples` clips, in its averaged weights, and what that took."""
     torch.manual_seed(seed)
@@ -76,14 +81,11 @@ def trained(variant: str, seed: int, samples: int, batch: int = 32) -> tuple[VDT
         mask = torch.stack([draw_mask(FRAMES, SIDE, SIDE, dice, patch=4) for _ in range(batch)])
         noise = torch.randn(clips.shape, generator=dice)
         times = OBJECTIVE.times(batch, dice)
-        level = times[:, None, None, None, None]
-        noisy = blend(clips, (1 - level) * clips + level * noise, mask)
-        made = network(noisy, times * 1000, mask=mask, clean=clips, return_dict=False)[0]
-        error = masked_mean((made.float() - (noise - clips)).square(), mask) * OBJECTIVE.weights(times)
-        error.mean().backward()
+        error = OBJECTIVE.losses(_denoiser(network, clips, mask), clips, noise, times, mask).mean()
+        error.backward()
         tail = (step / steps - 0.6) / 0.4
         master.step(min(1.0, (step + 1) / 50) * max(0.02, 1 - max(tail, 0.0) ** 0.5), 1.0)
-        loss += (float(error.detach().mean()) - loss) / min(step + 1, 100)
+        loss += (float(error.detach()) - loss) / min(step + 1, 100)
     network.to(torch.float32).load_state_dict(master.averaged(), strict=False)
     took = {"samples": steps * batch, "steps": steps, "seconds": time.perf_counter() - began, "loss": loss}
     return network.eval(), took
@@ -93,6 +95,11 @@ def made_by(network: VDT, truth: Balls, mask: Tensor, seed: int, steps: int = 25
     """Return clips whose open sites by `mask` [F, H, W] a network has made; the others are bit for bit those of `truth`."""
     clean = truth.clips
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    return blend(clean, euler(_denoiser(network, clean, mask), noise, steps, shift=SHIFT), mask)
+
+
+def _denoiser(network: VDT, clean: Tensor, mask: Tensor) -> Denoiser:
+    """Return the velocity by time of `network`, to which the sites of `clean` that `mask` gives are told."""
 
     def denoise(noisy: Tensor, times: Tensor) -> Tensor:
         told: Tensor = network(
@@ -100,7 +107,7 @@ def made_by(network: VDT, truth: Balls, mask: Tensor, seed: int, steps: int = 25
         )[0]
         return told
 
-    return blend(clean, euler(denoise, noise, steps, shift=SHIFT), mask)
+    return denoise
 
 
 # Judging
@@ -110,8 +117,7 @@ def judged(make: Callable[[Balls, Tensor], Tensor], count: int) -> dict[str, flo
     """Return every figure of one way to make clips, `make(truth, mask)`, from `count` clips a task; errors of centres in px."""
     figures: dict[str, float] = {}
     dice = torch.Generator().manual_seed(TEST_SEED)
-    plain = throw(4 * count, dice)
-    bare = plain.only(~plain.barred).only(torch.arange(count))
+    bare = without_bars(count, dice)
     for name, task, settings in (
         ("predict", "predict", {"given": GIVEN}),
         ("backward", "backward", {"given": GIVEN}),
@@ -139,6 +145,12 @@ def judged(make: Callable[[Balls, Tensor], Tensor], count: int) -> dict[str, flo
         "comes_out_px": float(out.mean()),
         "comes_out_in_place": float((out < 2).float().mean()),
     }
+
+
+def without_bars(count: int, dice: torch.Generator) -> Balls:
+    """Draw `count` clips that have no bar."""
+    drawn = throw(4 * count, dice)
+    return drawn.only(~drawn.barred).only(torch.arange(count))
 
 
 def behind_bars(count: int, dice: torch.Generator) -> list[Balls]:
@@ -201,8 +213,7 @@ def trivial(count: int) -> dict[str, dict[str, float]]:
 
 
 def _lines(count: int, *, walls: bool) -> dict[str, float]:
-    plain = throw(4 * count, torch.Generator().manual_seed(TEST_SEED))
-    bare = plain.only(~plain.barred).only(torch.arange(count))
+    bare = without_bars(count, torch.Generator().manual_seed(TEST_SEED))
     distance = (
         (straight_on(bare, GIVEN, walls=walls) - bare.centres).norm(dim=-1).clamp_max(SIDE / 2)[:, GIVEN:]
     )
@@ -215,25 +226,24 @@ def _lines(count: int, *, walls: bool) -> dict[str, float]:
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Return every variant's figures as [mean, lowest, highest] over its seeds."""
-    found_: dict[str, dict[str, list[float]]] = {}
+    over: dict[str, dict[str, list[float]]] = {}
     for variant in dict.fromkeys(run["variant"] for run in runs):
         rows = [run["figures"] for run in runs if run["variant"] == variant]
-        found_[variant] = {
+        over[variant] = {
             name: [statistics.fmean(values), min(values), max(values)]
             for name in rows[0]
             for values in [[row[name] for row in rows]]
         }
-    return found_
+    return over
 
 
 # Looking
 
 
-def sheet(networks: dict[str, VDT], rows: int = 3, enlarge: int = 3) -> Image.Image:
+def drawn_sheet(networks: dict[str, VDT], rows: int = 3, enlarge: int = 3) -> Image.Image:
     """Return the same clips continued, filled in and seen again behind the bar, real and by every network, frame beside frame."""
     dice = torch.Generator().manual_seed(TEST_SEED + 1)
-    drawn = throw(60, dice)
-    bare = drawn.only(~drawn.barred).only(torch.arange(rows))
+    bare = without_bars(rows, dice)
     parts = [
         ("given 8 of 16", bare, task_mask("predict", FRAMES, SIDE, SIDE, given=GIVEN)),
         ("given every fourth", bare, task_mask("interpolate", FRAMES, SIDE, SIDE, every=EVERY)),
@@ -241,25 +251,22 @@ def sheet(networks: dict[str, VDT], rows: int = 3, enlarge: int = 3) -> Image.Im
     for one in behind_bars(rows, dice):
         known = first_hidden(one) + 1
         parts.append((f"given {known}", one, task_mask("predict", FRAMES, SIDE, SIDE, given=known)))
-    lines: list[tuple[str, Tensor]] = []
+    lines: list[tuple[str, Frames]] = []
     for title, truth, mask in parts:
-        made = {name: made_by(network, truth, mask, 5) for name, network in networks.items()}
+        made = {"real": truth.clips} | {
+            name: made_by(network, truth, mask, 5) for name, network in networks.items()
+        }
         for place in range(len(truth)):
-            lines += [
-                (f"{name}: {title}", clips[place, 0]) for name, clips in {"real": truth.clips, **made}.items()
-            ]
-    size, words = SIDE * enlarge, 11
-    board = Image.new("L", (FRAMES * (size + 1), len(lines) * (size + words)), 255)
-    draw = ImageDraw.Draw(board)
-    for place, (title, frames) in enumerate(lines):
-        draw.text((1, place * (size + words)), title, fill=0)
-        pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-        for column, frame in enumerate(pixels):
-            picture = Image.fromarray(np.ascontiguousarray(frame)).resize(
-                (size, size), Image.Resampling.NEAREST
-            )
-            board.paste(picture, (column * (size + 1), place * (size + words) + words))
-    return board
+            lines += [(f"{name}: {title}", _pixels(clips[place], enlarge)) for name, clips in made.items()]
+    return sheet(lines)
+
+
+def _pixels(clip: Tensor, enlarge: int) -> Frames:
+    """Return a clip [1, F, H, W] in -1..1 as uint8 [F, 3, H, W], every pixel `enlarge` times as high and wide."""
+    grey = ((clip.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, 0)  # [F, 1, H, W]
+    large = grey.repeat_interleave(enlarge, dim=-1).repeat_interleave(enlarge, dim=-2)
+    found: Frames = large.expand(-1, 3, -1, -1).numpy()
+    return found
 
 
 # The whole
@@ -272,26 +279,26 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each variant")
     parser.add_argument("--samples", type=int, default=32_000, help="clips that a training sees")
-    parser.add_argument("--count", type=int, default=128, help="clips that a figure is taken from")
+    parser.add_argument("--count", type=int, default=96, help="clips that a figure is taken from")
     parser.add_argument("--out", type=Path, default=RESULTS / "bouncing.json")
     given = parser.parse_args()
-    settings = {"samples": given.samples, "count": given.count, "given": GIVEN, "every": EVERY}
+    settings = {
+        "samples": given.samples, "count": given.count, "given": GIVEN, "every": EVERY, "variants": VARIANTS, "size": SIZE,
+        "objective": dataclasses.asdict(OBJECTIVE), "shift": SHIFT, "optimizer": MUON,
+    }  # fmt: skip
     kept = json.loads(given.out.read_text()) if given.out.is_file() else {}
     runs: list[dict[str, Any]] = kept.get("runs", []) if kept.get("settings") == settings else []
     result = record() | {"settings": settings, "trivial": trivial(given.count), "runs": runs}
     networks: dict[str, VDT] = {}
-    for seed in range(given.seeds):
-        for variant in VARIANTS:
-            if any((run["variant"], run["seed"]) == (variant, seed) for run in runs):
-                continue
-            network, took = trained(variant, seed, given.samples)
-            figures = judged(lambda truth, mask, made=network: made_by(made, truth, mask, seed), given.count)  # noqa: B023 - called at once
-            runs.append({"variant": variant, "seed": seed, "figures": figures} | took)
-            networks[variant] = network
-            write_json(given.out, result | {"summary": summary(runs)})
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    for variant, seed in missing(runs, given.seeds, list(VARIANTS)):
+        network, took = trained(variant, seed, given.samples)
+        figures = judged(lambda truth, mask, made=network: made_by(made, truth, mask, seed), given.count)  # noqa: B023 - called at once
+        runs.append({"variant": variant, "seed": seed, "commit": commit(), "figures": figures} | took)
+        networks[variant] = network
+        write_json(given.out, result | {"summary": summary(runs)})
+        print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
     if len(networks) == len(VARIANTS):
-        sheet(networks).save(given.out.with_suffix(".png"), optimize=True)
+        drawn_sheet(networks).save(given.out.with_suffix(".png"), optimize=True)
     write_json(given.out, result | {"summary": summary(runs), "networks": sizes()})
 
 

@@ -32,8 +32,8 @@ from benchmarks._segments_data import COLOURS, FRAMES, PALETTE, SCENES, SIZE, St
 from benchmarks._segments_tasks import SAMPLING, TEST, Maker, exam, figures_of, generated, held_out, times_of
 from benchmarks.machine import RESULTS, commit, record, write_json
 from dit.backbones.mask2dit import Mask2DiT
-from dit.clip_masks import blend, masked_mean
 from dit.ledger import parameters_of
+from training.attention import quick_backward
 from training.objectives import FlowMatching
 from training.optimizers import Master
 
@@ -78,6 +78,7 @@ class Learner:
         self.objective, self.dice = FlowMatching(**OBJECTIVE), torch.Generator().manual_seed(seed)
         self.seconds = 0.0
 
+    @quick_backward(torch.device("cpu"), torch.bfloat16)
     def step(self) -> float:
         """Draw stories, move the weights once; return the loss."""
         began = time.process_time()
@@ -87,15 +88,18 @@ class Learner:
         times = self.objective.times(self.batch, self.dice)
         given = torch.randint(1, SCENES, (self.batch,), generator=self.dice)
         given = torch.where(torch.rand(self.batch, generator=self.dice) < GIVEN, given, 0)
-        mask, level = generated(given, (FRAMES,) * SCENES), times.reshape(-1, 1, 1, 1, 1)
-        noisy = blend(clean, (1 - level) * clean + level * noise, mask)
         words = stories.words(ids=self.variant.ids)
-        made = self.network(noisy, times_of(times, given, SCENES), words, return_dict=False)[0]
-        error = masked_mean((made - (noise - clean)).square(), mask) * self.objective.weights(times)
-        error.mean().backward()
+
+        def denoise(noisy: Tensor, times: Tensor) -> Tensor:
+            return self.network(noisy, times_of(times, given, SCENES), words, return_dict=False)[0]
+
+        loss = self.objective.losses(
+            denoise, clean, noise, times, generated(given, (FRAMES,) * SCENES)
+        ).mean()
+        loss.backward()
         self.master.step(min(1.0, (self.master.steps + 1) / WARMUP), CLIP)
         self.seconds += time.process_time() - began
-        return float(error.mean().detach())
+        return float(loss.detach())
 
     def maker(self) -> Maker:
         """Return what makes stories with the averaged weights, in float32."""

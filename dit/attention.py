@@ -22,8 +22,6 @@ from dit.embeddings import Rotary, rotate
 from dit.layers import HeadNorm, cut, sliceable
 from dit.ledger import macs_of
 
-MOST_KEYS = 512
-"""Keys up to which training on a processor in bfloat16 writes its scores out."""
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -31,35 +29,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, proce
     """Softmax attention of q [B, N, K, head size] over k, v [B, M, K, head size] -> [B, N, K, head size].
 
     `mask` is boolean and broadcastable to [B, K, N, M], True where a key may be heard. `processor` carries the backend that
-    `set_attention_backend` chose. Where gradients of few keys are wanted on a processor in bfloat16, it is two matrix products:
-    torch's fused backward takes three to six times as long there.
+    `set_attention_backend` chose.
     """
-    backend = getattr(processor, "_attention_backend", None)
-    if backend is None and q.requires_grad and _slow_backward(q, k):
-        return _two_products(q, k, v, mask)
     out: Tensor = dispatch_attention_fn(
         q,
         k,
         v,
         attn_mask=mask,
-        backend=backend,
+        backend=getattr(processor, "_attention_backend", None),
     )  # where ranks share the sequence, dit.context_parallel stands around this call, not diffusers' exchange inside it
     return out
-
-
-def _slow_backward(q: Tensor, k: Tensor) -> bool:
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] <= MOST_KEYS
-
-
-def _two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same as `attend`, with the scores [B, K, N, M] in memory."""
-    q, k, v = (one.transpose(1, 2) for one in (q, k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if mask is None:
-        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
-    heard = mask.bool()  # a query that may hear nobody is answered with zeros, as by torch
-    weights = scores.masked_fill(~heard, torch.finfo(scores.dtype).min).softmax(dim=-1) * heard
-    return (weights @ v).transpose(1, 2)
 
 
 class JointProcessor:

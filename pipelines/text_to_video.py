@@ -267,10 +267,7 @@ class TextToVideoPipeline(TextToImagePipeline):
         self, video: Any, image: Any, last_image: Any, latents: Tensor | None, task: str | Task | None, mask: Any
     ) -> tuple[Task, int | None]:
         """Return what the call's arguments mean, and how many frames they give (None: nothing is). Raises: RequestError."""
-        if isinstance(task, Task) and mask is not None:
-            raise RequestError("mask", "a mask", "inside the Task that is given")
-        about = task if isinstance(task, Task) else Task(name=task, mask=mask)
-        video, about = _frames_first(video, image, last_image, about)
+        video, about = _frames_first(video, image, last_image, _task_of(task, mask))
         came = None if latents is None else int(latents.shape[2])
         return about, came if video is None else frames_of(video)
 
@@ -282,8 +279,7 @@ class TextToVideoPipeline(TextToImagePipeline):
 
         Raises: RequestError for frames that do not fit task or sizes.
         """
-        task, _ = self.about(video, image, last_image, latents, task, mask)
-        video, _ = _frames_first(video, image, last_image, task)
+        video, task = _frames_first(video, image, last_image, _task_of(task, mask))
         frames, height, width = size
         scale = self.scale_factor
         pixels = None if video is None else tensor_of(video, height, width, self._picture_channels())
@@ -374,6 +370,14 @@ def _count(
         if isinstance(one, list | tuple | range):
             return len(one)
     return 1
+
+
+def _task_of(task: str | Task | None, mask: Any) -> Task:
+    if not isinstance(task, Task):
+        return Task(name=task, mask=mask)
+    if mask is not None:
+        raise RequestError("mask", "a mask", "inside the Task that is given")
+    return task
 
 
 def _frames_first(video: Any, image: Any, last_image: Any, task: Task) -> tuple[Any, Task]:

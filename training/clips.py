@@ -357,13 +357,16 @@ def _drawn(
 
 
 def _ground(ground: int, travel: NDArray[np.floating], scale: NDArray[np.floating], ink: float) -> Array:
-    """Return the ground with its faint lines, fixed in the scene, [F, 64, 64, 3]."""
+    """Return the ground with its faint lines, fixed in the scene, [F, 64, 64, 3]; without ink there are none."""
+    bare = np.asarray(BACKGROUNDS[ground], np.float32)
+    if not ink:
+        return np.tile(bare, (len(scale), SIDE, SIDE, 1))
     marks = []
     for axis in range(2):
         at = (_AT - SIDE / 2) / scale[:, None] + SIDE / 2 + travel[:, axis, None]  # [F, 64]
         marks.append(np.clip(1.5 - np.abs(np.mod(at, LINES) - LINES / 2), 0, 1))
     lines = np.maximum(marks[0][:, None, :], marks[1][:, :, None]).astype(np.float32)
-    return np.asarray(BACKGROUNDS[ground], np.float32) + ink * lines[..., None]
+    return bare + ink * lines[..., None]
 
 
 # Stories

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dit.clip_masks import blend, draw_mask, masked_mean, task_mask
+from dit.clip_masks import blend, draw_mask, task_mask
 from dit.segments import joined_captions
 from dit.text import encode, load_minilm
 from training.clips import Script, film, film_story, write_caption, write_script
@@ -220,13 +220,13 @@ class MotionTrainer(Trainer):
     def _error(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
         """Return the weighted squared velocity error of each clip over its generated sites, [B]."""
         clean, noise, mask, times = (one.to(self.device) for one in (batch.latents, noise, batch.mask, times))
-        level = times.reshape(-1, 1, 1, 1, 1)
-        noisy = blend(clean, (1 - level) * clean + level * noise, mask)
         prompts = {name: value.to(self.device) for name, value in batch.prompts.items()}
-        made = self.model(
-            noisy, times * 1000, mask=mask, clean=clean, frame_index=batch.index, **prompts, return_dict=False
-        )[0]
-        return masked_mean((made.float() - (noise - clean)).square(), mask) * self.objective.weights(times)
+
+        def denoise(noisy: Tensor, times: Tensor) -> Tensor:
+            told = {"mask": mask, "clean": clean, "frame_index": batch.index}
+            return self.model(noisy, times * 1000, **told, **prompts, return_dict=False)[0]
+
+        return self.objective.losses(denoise, clean, noise, times, mask)
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:

@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dit.clip_masks import blend, masked_mean
+
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(noisy [B, C, H, W], time [B] in 0..1) -> velocity [B, C, H, W]."""
 
@@ -30,12 +32,25 @@ class FlowMatching:
         """Draw `count` times in 0..1."""
         return torch.sigmoid(torch.randn(count, generator=dice) * self.std + self.mean)
 
-    def losses(self, denoiser: Denoiser, pictures: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Return the weighted squared velocity error of each sample, [B]."""
-        level = times.reshape(-1, 1, 1, 1).to(pictures.dtype)
+    def losses(
+        self,
+        denoiser: Denoiser,
+        pictures: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the weighted squared velocity error of each sample of pictures [B, C, H, W] or clips [B, C, F, H, W], [B].
+
+        With a mask as in `dit.clip_masks.batch_mask` the network sees the given sites as they are, and only the others count.
+        """
+        level = times.reshape(-1, *[1] * (pictures.dim() - 1)).to(pictures.dtype)
         noisy = (1 - level) * pictures + level * noise
-        error = denoiser(noisy, times).float() - (noise - pictures).float()
-        return error.square().mean(dim=(1, 2, 3)) * self.weights(times)
+        if mask is not None:
+            noisy = blend(pictures, noisy, mask)
+        error = (denoiser(noisy, times).float() - (noise - pictures).float()).square()
+        each = error.mean(dim=tuple(range(1, error.dim()))) if mask is None else masked_mean(error, mask)
+        return each * self.weights(times)
 
     def weights(self, times: Tensor) -> Tensor:
         """Return the weight of each sample by its time [B]."""

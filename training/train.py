@@ -30,6 +30,7 @@ from tqdm import tqdm
 from dit.experts.dynamic import complete
 from dit.presets import backbone_class
 from dit.text import encode, load_minilm
+from training.attention import quick_backward
 from training.data import Pictures, choose, load_pictures, wording
 from training.objectives import FlowMatching, euler
 from training.optimizers import Master
@@ -214,7 +215,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the end of the schedule, saving on the way. Raises: SystemExit after SIGTERM or SIGINT, when it is saved."""
         self.load_data()
-        with heard() as signals:
+        with heard() as signals, quick_backward(self.device, getattr(torch, self.recipe["run"]["precision"])):
             self._train(signals)
             self.save()
         if signals:

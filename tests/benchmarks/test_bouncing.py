@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on_and_other_settings_begin_anew(
 
     monkeypatch.setattr(bouncing, "trained", learn)
     monkeypatch.setattr(bouncing, "judged", lambda make, count: {"predict_px": float(len(trained))})
-    monkeypatch.setattr(bouncing, "sheet", lambda networks: pytest.fail("not all are at hand"))
+    monkeypatch.setattr(bouncing, "drawn_sheet", lambda networks: pytest.fail("not all are at hand"))
     monkeypatch.setattr(bouncing, "sizes", dict)
 
     def run(*options: str) -> dict[str, Any]:

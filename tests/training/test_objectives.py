@@ -40,6 +40,25 @@ def test_the_denoiser_sees_the_picture_at_0_and_noise_at_1() -> None:
     assert times.tolist() == [0.0, 0.25, 1.0]
 
 
+def test_of_clips_only_generated_sites_are_noisy_and_count() -> None:
+    clips, noise = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 4, 4, 4)
+    mask = torch.ones(2, 4, 4, 4)
+    mask[0, :3], mask[1, :, :, 2:] = 0, 0
+    times = torch.tensor([0.5, 0.9])
+    seen: list[Tensor] = []
+
+    def wrong_where_given(noisy: Tensor, times: Tensor) -> Tensor:
+        seen.append(noisy)
+        return noise - clips + torch.where(mask[:, None] > 0, 2.0, 50.0)
+
+    losses = FlowMatching().losses(wrong_where_given, clips, noise, times, mask)
+    torch.testing.assert_close(losses, torch.tensor([4.0, 4.0]))
+    assert torch.equal(seen[0][0, :, :3], clips[0, :, :3])
+    torch.testing.assert_close(seen[0][1, ..., :2], (0.1 * clips + 0.9 * noise)[1, ..., :2])
+    everywhere = FlowMatching().losses(wrong_where_given, clips, noise, times)
+    assert everywhere[0] == pytest.approx((3 * 2500 + 4) / 4)
+
+
 def test_the_weight_is_held_below_the_floor_only() -> None:
     pictures, noise = torch.zeros(3, 1, 1, 1), torch.ones(3, 1, 1, 1)
     losses = FlowMatching(floor=0.2).losses(
