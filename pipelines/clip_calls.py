@@ -63,33 +63,55 @@ def check_clip(request: Request, card: Card) -> None:
                 )
     elif request.scene_frames is not None and not card.more.get("tells_scenes"):
         raise RequestError("scene_frames", request.scene_frames, f"left out: {card.name} tells no stories")
-    trained = card.more.get("frames")
     if card.pipeline == "TextToVideoPipeline":
         _check_own(request)
     if not story:
-        parts = _parts(request, bool(card.more.get("tells_scenes")))
-        frames = frames_of(request, card)
-        if parts is not None and isinstance(frames, int):
-            spread(parts, frames)
-        if request.window is not None and request.window > (frames or trained or LONGEST):
-            raise RequestError(
-                "window", request.window, f"at most the {frames or trained} frames of the clip"
-            )
+        check_lengths(request, card)
 
 
-def frames_of(request: Request, card: Card) -> int | None:
-    """Return how many frames a clip will have, None where only the loaded model knows. Raises: RequestError, see `_lengths`."""
+def check_lengths(request: Request, card: Card, came: int | None = None) -> None:
+    """Check prompts and window against the clip's frames, where these are known. Raises: RequestError.
+
+    `came` counts the frames of the clip that is given, once it has been read.
+    """
+    if card.task != "text-to-video" or card.pipeline == "StoryToVideoPipeline":
+        return
+    parts = _parts(request, bool(card.more.get("tells_scenes")))
+    frames = frames_of(request, card, came)
+    if parts is not None and frames is not None:
+        spread(parts, frames)
+    if request.window is not None and frames is not None and request.window > frames:
+        raise RequestError("window", request.window, f"at most the {frames} frames of the clip")
+
+
+def frames_of(request: Request, card: Card, came: int | None = None) -> int | None:
+    """Return how many frames a clip will have; None where only the loaded model knows, or the clip that is given, not read yet.
+
+    Raises: RequestError, see `_lengths`.
+    """
     scenes = bool(card.more.get("tells_scenes"))
     parts = _parts(request, scenes)
     lengths = _lengths(request, card, parts) if scenes else None
     if lengths is not None:
         return sum(lengths)
+    frames = request.frames or (length_of(parts) if parts else None)
+    if frames is None and _keeps_length(request):
+        return came or None
     trained = card.more.get("frames")
-    return (
-        request.frames
-        or (length_of(parts) if parts else None)
-        or (trained if isinstance(trained, int) else None)
-    )
+    return frames or (trained if isinstance(trained, int) else None)
+
+
+def made_at_once(request: Request, card: Card, frames: int) -> int:
+    """Return how many of the frames of a clip one evaluation of the network sees."""
+    trained = card.more.get("frames") or frames
+    parts = _parts(request, True) if card.more.get("tells_scenes") else None
+    longest = _longest(card, trained) if parts is not None and len(parts) > 1 else trained
+    return min(frames, request.window or longest)
+
+
+def _keeps_length(request: Request) -> bool:
+    """Tell whether a part of a clip is made anew: then all of its frames come out."""
+    return request.clip is not None and (request.task == "region" or request.mask is not None)
 
 
 def captions_of(request: Request) -> str:
@@ -190,8 +212,8 @@ def _clip(pipeline: Any, request: Request, card: Card, inputs: Inputs) -> dict[s
     parts = _parts(request, scenes)
     lengths = _lengths(request, card, parts) if scenes else None
     frames = sum(lengths or ()) or request.frames or (length_of(parts) if parts else None)
-    if frames is None:  # of a clip of which a part is made anew, all frames come
-        frames = len(inputs.clip) if request.task == "region" or inputs.mask is not None else trained
+    if frames is None:
+        frames = len(inputs.clip) if _keeps_length(request) else trained
     found: dict[str, Any] = {"num_frames": frames, "last_image": inputs.last_image}
     if request.words == "no prompt" and request.guidance is None:
         found["guidance_scale"] = 1.0  # there is nothing to lead towards

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.catalog import Card, Unavailable, device_for, dtype_for
-from pipelines.clip_calls import frames_of
+from pipelines.clip_calls import frames_of, made_at_once
 from pipelines.request import Request, RequestError
 
 LAYER_COPIES = 24
@@ -39,10 +39,13 @@ class Estimate:
         return f"{_gb(self.total)} (" + ", ".join(f"{name} {_gb(size)}" for name, size in parts.items()) + ")"
 
 
-def estimate(request: Request, card: Card, folder: Path) -> Estimate | None:
-    """Return what a request's clip takes, None where its size is not known before the model is loaded."""
+def estimate(request: Request, card: Card, folder: Path, came: int | None = None) -> Estimate | None:
+    """Return what a request's clip takes, None where its size is not known before the model is loaded.
+
+    `came` counts the frames of the clip that is given.
+    """
     config = _config(folder / "transformer" / "config.json")
-    frames = frames_of(request, card)
+    frames = frames_of(request, card, came)
     wide, high = request.width or card.width, request.height or card.height
     if not isinstance(frames, int) or wide is None or high is None:
         return None
@@ -50,8 +53,7 @@ def estimate(request: Request, card: Card, folder: Path) -> Estimate | None:
     if width is None:
         width = (config.get("num_attention_heads") or 1) * (config.get("attention_head_dim") or 64)
     # `multiple` is the side of a patch in picture pixels: every patch is one token
-    at_once = min(frames, request.window or card.more.get("frames") or frames)
-    tokens = at_once * -(-high // card.multiple) * -(-wide // card.multiple) // _ratio(folder)
+    tokens = made_at_once(request, card, frames) * -(-high // card.multiple) * -(-wide // card.multiple) // _ratio(folder)
     bytes_of = 4 if request.dtype == "float32" or (request.dtype == "auto" and card.dtype == "float32") else 2
     branches = 1 if request.guidance == 1.0 else 2
     weights = sum(one.stat().st_size for one in folder.glob("*/*.safetensors"))
@@ -62,11 +64,11 @@ def estimate(request: Request, card: Card, folder: Path) -> Estimate | None:
     )
 
 
-def check_memory(request: Request, card: Card, folder: Path) -> None:
-    """Refuse a clip that cannot fit. Raises: RequestError with the estimate and what there is."""
+def check_memory(request: Request, card: Card, folder: Path, came: int | None = None) -> None:
+    """Refuse a clip that cannot fit, as `estimate` counts. Raises: RequestError with the estimate and what there is."""
     if card.task != "text-to-video":
         return
-    found = estimate(request, card, folder)
+    found = estimate(request, card, folder, came)
     if found is None:
         return
     try:
@@ -78,7 +80,7 @@ def check_memory(request: Request, card: Card, folder: Path) -> None:
     needed = found.total if device == "cpu" else found.weights + found.network
     if needed <= room:
         return
-    frames = frames_of(request, card) or 1
+    frames = frames_of(request, card, came) or 1
     per_frame = (found.frames + found.network) / frames
     fits = int((room - found.weights) / per_frame) if room > found.weights else 0
     what = f"at most {fits} frames of this size" if fits else "fewer frames of a smaller size"

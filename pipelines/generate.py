@@ -17,7 +17,7 @@ from pipelines._kept import Latents, slot_of
 from pipelines._retry import instead
 from pipelines.calls import arguments, default_of, finished, perform, runs_of, takes
 from pipelines.catalog import Card, Loaded
-from pipelines.clip_calls import check_clip
+from pipelines.clip_calls import check_clip, check_lengths
 from pipelines.clip_memory import check_memory
 from pipelines.decoding import tiled
 from pipelines.families import fps_of, variant
@@ -82,7 +82,8 @@ def generate(
     if tuned is not None:
         profile.check(tuned, request, card)
     inputs = controls.steered(request, card, folder, read_inputs(request, card))
-    check_memory(request, card, folder)
+    check_lengths(request, card, len(inputs.clip))
+    check_memory(request, card, folder, len(inputs.clip))
     start = time.perf_counter()
     loaded = catalog.load_folder(folder, card, request.dtype, request.device)
     loading = time.perf_counter() - start

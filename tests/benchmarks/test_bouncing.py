@@ -60,6 +60,9 @@ def test_lines_are_right_until_a_wall_and_those_that_turn_after_it() -> None:
     assert (straight - drawn.centres)[turns(drawn, 8)].norm(dim=-1)[:, -1].mean() > 2
     assert (turns(drawn, 8) & full).sum() > 20
     assert (folded - drawn.centres)[full].abs().max() < 1e-3
+    assert (turns(drawn, 1) & ~turns(drawn, 8)).sum() > 20, (
+        "a wall before the given frames end is none to foresee"
+    )
 
 
 def test_trivial_ways_and_real_clips() -> None:
@@ -75,13 +78,27 @@ def test_trivial_ways_and_real_clips() -> None:
     assert 0 < blend["interpolate_mse"] < near["interpolate_mse"]
     assert real["predict_px"] < line["predict_px"] < near["predict_px"]
     assert line["predict_straight_px"] < line["predict_turning_px"]
+    lost = bouncing.judged(
+        lambda truth, _: torch.where(turns(truth, 8)[:, None, None, None, None], -1.0, truth.clips), 8
+    )
+    assert lost["predict_straight_px"] < 0.3
+    assert lost["predict_turning_px"] == SIDE / 2
 
 
 def test_what_is_given_comes_out_bit_for_bit() -> None:
     network = bouncing.VDT(**bouncing.SIZE, **bouncing.VARIANTS["time, then frame"]).eval()
     truth = throw(2, dice(3))
     mask = task_mask("predict", FRAMES, SIDE, SIDE, given=5)
+    heard: list[Any] = []
+    network.register_forward_pre_hook(
+        lambda _, inputs, given: heard.append((inputs[0], given)), with_kwargs=True
+    )
     made = bouncing.made_by(network, truth, mask, 0, steps=2)
+    assert len(heard) == 2
+    for noisy, given in heard:
+        assert torch.equal(noisy[:, :, :5], truth.clips[:, :, :5])
+        assert torch.equal(given["mask"], mask)
+        assert torch.equal(given["clean"], truth.clips)
     assert torch.equal(made[:, :, :5], truth.clips[:, :, :5])
     assert not torch.equal(made, truth.clips)
 

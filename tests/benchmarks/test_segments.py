@@ -48,9 +48,10 @@ class Perfect:
     """Stands in for a network: leads from any noise straight to the clip that was asked for."""
 
     def __init__(self) -> None:
-        self.truth = torch.zeros(0)
+        self.lengths: list[Any] = []
 
     def make(self, stories: Stories, seed: int, *, frames: Any = None, **_: Any) -> Tensor:
+        self.lengths.append(frames)
         return stories.film(frames)
 
 
@@ -79,6 +80,9 @@ def test_squares_stay_in_their_half_and_turn_at_the_edge() -> None:
     assert ((rows.diff(dim=1).abs() == 1) | (torch.arange(35) % 12 == 11)).all()
     left = ink[..., :4].any(dim=(2, 3))
     assert (left == (stories.places.repeat_interleave(12, dim=1) == 0)).all()
+    assert all(ink[stories.sides[:, 0] == side].any(dim=(0, 1)).all() for side in range(3)), (
+        "everywhere in it"
+    )
 
 
 def test_test_stories_have_triples_that_are_never_trained() -> None:
@@ -127,6 +131,10 @@ def test_the_wrong_story_is_seen_to_be_wrong() -> None:
     assert scored(look(grown.film()), stories)["identity"] == 0.5
     assert scored(look(grown.film()), stories, first=2)["identity"] == 0.0
     assert scored(look(grown.film()), stories)["caption"] == 1.0
+    other = Stories(stories.colours, stories.places, (stories.sides + 1) % 3, stories.starts)
+    assert scored(look(other.film()), stories)["identity"] == 1.0, (
+        "no caption says how large: only cuts must keep it"
+    )
 
 
 def test_nothing_and_muddle_are_no_colour() -> None:
@@ -173,6 +181,7 @@ def test_a_perfect_network_gets_every_figure() -> None:
     maker: Any = Perfect()
     maker.network, maker.ids = shaken("scenes"), False
     figures, clips = tasks.figures_of(maker, 8)
+    assert UNEQUAL in maker.lengths
     for name in ("held_out", "learnt", "unequal"):
         assert set(figures[name].values()) == {1.0}, name
     assert figures["effect"]["own_share"] == 1.0
@@ -216,6 +225,9 @@ def test_a_story_is_told_on_by_a_window_of_what_was_made() -> None:
     maker, stories = Maker(shaken("scenes"), steps=2), drawn(2, dice(), scenes=6)
     figures, clips = tasks.told_on(maker, stories)
     assert {len(one) for one in figures.values()} == {6}
+    px = look(clips).px
+    assert figures["drift_px"] == (px - px[:, :1]).abs().mean(0).tolist()
+    assert max(figures["drift_px"]) > 0
     window = torch.cat([clips[:, :, 8:16], torch.zeros(2, 3, 4, 8, 8)], dim=2)
     made = maker.make(stories.scenes(2, 5), tasks.TEST + 4 + 4, clean=window, given=2)
     assert torch.equal(made[:, :, -4:], clips[:, :, 16:20])
@@ -328,6 +340,16 @@ def test_claims_are_of_the_worst_seed_against_the_best_control() -> None:
     assert not close["scene i shows caption i in 90 % of held-out scenes"]
     assert not close["every seed above the control with a table of frames at the end"]
     assert not close["the control with scene ids is nearer at the end than at half"], "half is as good here"
+    late = runs([0.95, 0.95], [0.5, 0.9])
+    for one in late["no mask, scene ids"]:
+        one["figures"] = one["figures"] | {"half": {"held_out": {"caption": 0.1}}}
+    for one in late["no mask, scene ids, frame table"]:
+        one["figures"] = one["figures"] | {"half": {"held_out": {"caption": 0.97}}}
+    found = segments.claims(late)
+    assert found["the control with scene ids is nearer at the end than at half"]
+    assert found["every seed above both controls with its positions at half of the steps"]
+    assert not found["every seed above the control with a table of frames at half of the steps"]
+    assert found["every seed above the control with a table of frames at the end"]
 
 
 def test_a_tiny_training_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from acceleration.delta_cache import DeltaCache
@@ -18,6 +21,7 @@ from pipelines import catalog, clip_memory
 from pipelines.generate import Cancelled, Progress, generate
 from pipelines.long_clips import long_clip
 from pipelines.request import Request, RequestError
+from pipelines.text_to_video import TextToVideoPipeline
 
 _place = importlib.util.spec_from_file_location("tiny_clips", Path(__file__).with_name("tiny_clips.py"))
 assert _place is not None
@@ -76,7 +80,7 @@ def test_a_clip_of_nothing_asks_for_no_prompt(clips: str, monkeypatch: pytest.Mo
         generate(asked.replace(model="emoji"))
 
 
-def test_first_and_last_pictures(clips: str, film: Path) -> None:
+def test_first_and_last_pictures(clips: str, film: Path, tmp_path: Path) -> None:
     given = frames_of(film)
     asked = Request(
         model=clips, prompt="a red cat", image=str(film / "0.png"), last_image=str(film / "3.png"), steps=2
@@ -86,6 +90,10 @@ def test_first_and_last_pictures(clips: str, film: Path) -> None:
     assert (frames[1] != given[1]).any()
     with pytest.raises(RequestError, match="a first frame, maybe with a last one"):
         generate(asked.replace(image=None))
+    first, *rest = [Image.fromarray(one) for one in given]
+    first.save(tmp_path / "film.png", save_all=True, append_images=rest)
+    result = generate(asked.replace(image=str(tmp_path / "film.png")))
+    assert result.report["warnings"] == ["image: of the 4 frames of film.png the first was taken"]
 
 
 def test_long_clips_are_made_in_windows_with_prompts_and_seeds_of_their_own(clips: str, film: Path) -> None:
@@ -144,28 +152,80 @@ def test_windows_keep_an_accelerators_state_to_themselves(clips: str) -> None:
     )
 
 
-def test_tasks_of_a_clip_longer_than_a_window(clips: str, film: Path) -> None:
+def test_tasks_of_a_clip_longer_than_a_window(clips: str, film: Path, tmp_path: Path) -> None:
     given = frames_of(film)
     asked = Request(model=clips, prompt="a red cat", frames=7, overlap=1, steps=1, clip=str(film))
 
-    def kept(frames: np.ndarray) -> list[int]:
-        return [place for place, one in enumerate(frames) if any((one == other).all() for other in given)]
+    def kept(frames: np.ndarray) -> dict[int, int]:
+        """Where in what was made which of the given frames stands."""
+        same = (frames[:, None] == given[None]).all((2, 3, 4))
+        return dict(np.argwhere(same).tolist())
 
-    assert kept(made(asked)) == [0, 1, 2, 3], "a clip is continued"
-    assert kept(made(asked.replace(task="predict", given=2))) == [0, 1]
-    assert kept(made(asked.replace(task="backward"))) == [3, 4, 5, 6]
-    assert kept(made(asked.replace(task="backward", given=1))) == [6]
-    assert kept(made(asked.replace(task="first-last"))) == [0, 6]
-    assert kept(made(asked.replace(task="interpolate", every=2))) == [0, 2, 4, 6]
+    assert kept(made(asked)) == {0: 0, 1: 1, 2: 2, 3: 3}, "a clip is continued"
+    assert kept(made(asked.replace(task="predict", given=2))) == {0: 0, 1: 1}
+    assert kept(made(asked.replace(task="backward"))) == {3: 0, 4: 1, 5: 2, 6: 3}
+    assert kept(made(asked.replace(task="backward", given=1))) == {6: 3}
+    assert kept(made(asked.replace(task="first-last"))) == {0: 0, 6: 3}
+    assert kept(made(asked.replace(task="image"))) == {0: 0}
+    assert kept(made(asked.replace(task="interpolate", every=2))) == {0: 0, 2: 1, 4: 2, 6: 3}
     ends = asked.replace(clip=None, image=str(film / "0.png"), last_image=str(film / "3.png"))
-    assert kept(made(ends)) == [0, 6]
+    assert kept(made(ends)) == {0: 0, 6: 3}
     told: list[Progress] = []
     result = generate(asked, on_step=told.append)
     steps = [(one.step, one.steps) for one in told if one.phase == "denoise"]
     assert steps == [(1, 1)], "the first window is given whole"
     assert "made in one window" in result.report["warnings"][0]
     region = Request(model=clips, prompt="a", clip=str(film), task="region", region="0,0,8,8", steps=1)
-    assert len(made(region)) == 4, "as many frames as the clip has"
+    short, masks = tmp_path / "short", tmp_path / "masks"
+    for folder in (short, masks):
+        folder.mkdir()
+    for place, one in enumerate(given[:3]):
+        Image.fromarray(one).save(short / f"{place}.png")
+        Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(masks / f"{place}.png")
+    for one, count in ((region, 4), (region.replace(clip=str(short)), 3)):
+        assert len(made(one)) == count, "as many frames as the clip has"
+    anew = region.replace(clip=str(short), task=None, region=None, mask=str(masks))
+    assert len(made(anew)) == 3
+
+
+def test_a_part_of_a_clip_that_is_longer_than_the_models_own_is_measured_by_the_clip(
+    clips: str, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = tmp_path / "longer"
+    longer.mkdir()
+    for place, one in enumerate(np.concatenate([frames_of(film)] * 2)[:6]):
+        Image.fromarray(one).save(longer / f"{place}.png")
+    region = Request(model=clips, prompt="a", clip=str(longer), task="region", region="0,0,8,8", steps=1)
+    assert len(made(region.replace(window=5))) == 6
+    schedule = region.replace(prompt="", prompts="a | b | c | d | e | f", window=3, overlap=2)
+    assert len(made(schedule)) == 6
+    catalog.unload()
+    for asked, field, words in (
+        (region.replace(window=7), "window", "at most the 6 frames"),
+        (schedule.replace(prompts="a | b | c | d | e | f | g"), "prompts", "each of the 6 frames"),
+    ):
+        with pytest.raises(RequestError, match=words) as caught:
+            generate(asked)
+        assert caught.value.field == field
+    monkeypatch.setattr(clip_memory, "memory_of", lambda _: (0, "this computer"))
+    with pytest.raises(RequestError, match=r"got 6$"):
+        generate(region)
+    assert not catalog._loaded, "nothing loads"
+
+
+def test_memory_is_counted_for_all_frames_that_are_made_at_once(clips: str) -> None:
+    _, card = catalog.prepare(catalog.find(clips))
+    card = dataclasses.replace(card, more=card.more | {"tells_scenes": True, "scenes": 3, "scene_frames": 2})
+    story = Request(model=clips, prompts="a | b | c")
+    found = {
+        name: clip_memory.estimate(asked, card, Path(clips))
+        for name, asked in {
+            "clip": story.replace(prompts=None, prompt="a", frames=8), "story": story,
+            "windows": story.replace(window=2), "long": story.replace(prompts="a | b | c | d | e"),
+        }.items()
+    }  # fmt: skip
+    network = {name: one.network for name, one in found.items() if one is not None}
+    assert network["story"] == network["long"] == 6 * network["clip"] // 4 == 3 * network["windows"]
 
 
 def test_a_network_whose_frames_hear_captions_of_their_own_tells_stories(
@@ -202,9 +262,28 @@ def test_a_network_whose_frames_hear_captions_of_their_own_tells_stories(
     heard.clear()
     generate(asked.replace(window=4, overlap=1, prompts="a red cat | a tree", frames=7))
     assert heard == [("a red cat", None), (["a red cat", "a tree"], [1, 3])]
+    heard.clear()
+    generate(asked.replace(prompts="a | b | c | d | e"))
+    assert [texts for texts, _ in heard] == [["a", "b", "c"], ["b", "c", "d"], ["c", "d", "e"]], "a window makes a scene"
     monkeypatch.setattr(type(pipeline), "tells_scenes", False)
     with pytest.raises(RequestError, match=r"hear the prompts at the frames 0, 4.*shorter window"):
         generate(asked.replace(prompts="a | b | c", frames=7, overlap=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tells"), [({}, True), ({"conditioning": "concatenate"}, False), ({"pooled_dim": 16}, False)]
+)
+def test_a_card_says_of_scenes_what_the_pipeline_does(
+    clips: str, tmp_path: Path, changes: dict[str, Any], tells: bool
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(clips, model)
+    written = model / "transformer" / "config.json"
+    config = json.loads(written.read_text()) | changes
+    written.write_text(json.dumps(config))
+    network: Any = SimpleNamespace(transformer=SimpleNamespace(config=FrozenDict(config)))
+    assert TextToVideoPipeline.tells_scenes.fget(network) is tells  # type: ignore[attr-defined]
+    assert catalog.card_of(model, "model").more["tells_scenes"] is tells
 
 
 @pytest.mark.parametrize(
@@ -218,6 +297,7 @@ def test_a_network_whose_frames_hear_captions_of_their_own_tells_stories(
         ({"scene_frames": "2"}, "scene_frames", "given with captions"),
         ({"prompts": "a | b", "prompt": "", "scene_frames": "2,2,2"}, "scene_frames", "2 captions: no scene goes without"),
         ({"prompts": "a | b", "prompt": "", "scene_frames": "2", "frames": 4}, "scene_frames", "counted otherwise"),
+        ({"prompts": "a | b", "prompt": "", "scene_frames": "600"}, "scene_frames", "at most 1000 frames together"),
         ({"last_image": "FILM"}, "image", "a first frame, maybe with a last one"),
         ({"image": "FILM", "strength": 0.4}, "strength", "keeps its first frame as it is"),
         ({"clip": "FILM", "task": "region", "region": "1,0,8,8"}, "region", "multiples of 2 px"),

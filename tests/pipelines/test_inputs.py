@@ -89,8 +89,13 @@ def test_of_an_animation_the_first_frame_is_taken_and_that_is_told(tmp_path: Pat
 def test_a_film_is_no_picture_and_where_it_belongs_is_told(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     path.write_bytes(encode([Image.new("RGB", (16, 16), "red")] * 2, ".mp4", 8, "{}"))
-    with pytest.raises(RequestError, match="it is a film: give one of its frames, or give it as the clip"):
-        read_image(str(path))
+    matroska = tmp_path / "film.mkv"
+    matroska.write_bytes(b"\x1aE\xdf\xa3" + bytes(60))
+    for one in (path, matroska):
+        with pytest.raises(
+            RequestError, match="it is a film: give one of its frames, or give it as the clip"
+        ):
+            read_image(str(one))
 
 
 def test_what_is_too_large_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

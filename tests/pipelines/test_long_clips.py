@@ -208,6 +208,9 @@ def test_windows_begin_where_something_is_given_and_leave_out_what_is_given_whol
     mask = torch.ones(9, 1, 1)
     mask[:5] = 0
     assert [(one.start, one.new.start, one.new.stop) for one in planned(mask, 9, 4, 2)] == [(2, 4, 6), (4, 6, 8), (5, 8, 9)]
+    mask = torch.ones(9, 1, 1)
+    mask[[0, 8]] = 0
+    assert [one.start for one in planned(mask, 9, 4, 2)] == [0, 2, 4], "forward where both ends are given"
     assert len(planned(None, 9, 4, 2)) == len(windows(9, 4, 2))
 
 

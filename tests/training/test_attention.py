@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.compiler.config as compiled
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -51,17 +52,19 @@ def test_it_holds_in_bfloat16_on_a_processor_until_it_is_left() -> None:
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_attention_math",
     )
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)  # as it is by default, whatever ran before
     with quick_backward(CPU, torch.bfloat16):
         assert written in kernels(torch.bfloat16)
         assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        assert compiled.cache_key_tag, "what was compiled with the fused kernel is not taken from torch's cache"
     for device, dtype in ((CPU, torch.float32), (torch.device("cuda"), torch.bfloat16)):
         with quick_backward(device, dtype):
             assert fused in kernels(torch.bfloat16), "nothing was asked for"
     with pytest.raises(KeyError), quick_backward(CPU, torch.bfloat16):
         raise KeyError
     assert fused in kernels(torch.bfloat16)
-    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    assert not compiled.cache_key_tag
 
 
 @pytest.mark.parametrize("quick", [True, False])
