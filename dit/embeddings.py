@@ -44,12 +44,18 @@ def rotary(axes: tuple[int, int, int], grid: Grid, text: int, theta: float, devi
     `axes` are the channels given to frame, row and column; every one is even and they add up to the head size.
     """
     where = torch.cat([torch.zeros(text, 3, dtype=torch.long, device=device), grid.positions(device)])
-    kind = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    return rotary_at(where, axes, theta)
+
+
+def rotary_at(places: Tensor, axes: tuple[int, int, int], theta: float) -> Rotary:
+    """Return cosines and sines [..., N, head size] of tokens at frames, rows and columns `places` [..., N, 3]; `axes` as above."""
+    device = places.device
+    kind = torch.float32 if device.type == "mps" else torch.float64
     angles = [
-        where[:, axis : axis + 1].to(kind) * theta ** (-torch.arange(0, size, 2, dtype=kind, device=device) / max(size, 1))
+        places[..., axis : axis + 1].to(kind) * theta ** (-torch.arange(0, size, 2, dtype=kind, device=device) / max(size, 1))
         for axis, size in enumerate(axes)
     ]
-    full = torch.cat(angles, dim=1).repeat_interleave(2, dim=1)
+    full = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
     return full.cos().float(), full.sin().float()
 
 

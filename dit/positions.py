@@ -42,6 +42,13 @@ def rotary_fitted(
     return full.cos().float(), full.sin().float()
 
 
+def places_at(index: Tensor, grid: Grid) -> Tensor:
+    """Return frame, row and column of every token of `grid`, whose frames stand in time at `index` [B, F]: [B, N, 3]."""
+    plane = Grid(1, grid.height, grid.width).positions(index.device)[:, 1:].expand(*index.shape, -1, 2)
+    time = index[..., None, None].expand(*plane.shape[:3], 1)
+    return torch.cat([time, plane.to(torch.promote_types(time.dtype, plane.dtype))], dim=-1).flatten(1, 2)
+
+
 def still(table: Rotary | None, text: int) -> Rotary | None:
     """Put text before a clip's tokens, turned by nothing: [N, head size] -> [L + N, head size]."""
     if table is None:

@@ -21,7 +21,15 @@ from dit.backbones._vdt import Given, VDTBlock, each, token_times
 from dit.clip_masks import batch_mask, blend, given_tokens
 from dit.context_parallel import whole_of
 from dit.cross_attention import text_mask
-from dit.embeddings import LabelEmbedding, PooledProjection, TimeEmbedding, sincos_1d, sincos_2d
+from dit.embeddings import (
+    LabelEmbedding,
+    PooledProjection,
+    Rotary,
+    TimeEmbedding,
+    rotary_at,
+    sincos_1d,
+    sincos_2d,
+)
 from dit.experts.dense import Dense, Experts
 from dit.grid import Grid
 from dit.layers import PatchEmbed, PatchOut, PlainNorm
@@ -30,6 +38,7 @@ from dit.mixers.full import Full, Mixer
 from dit.mixers.spacetime import SpaceTime
 from dit.model import Backbone, Context, register_specs
 from dit.modulation import Modulation, modulate
+from dit.positions import places_at
 from dit.prediction import velocity_from_picture
 from dit.spec import parse
 
@@ -37,6 +46,7 @@ CHOICES = {
     "convention": ("ddpm", "flow"),
     "prediction_type": ("velocity", "sample"),
     "conditioning": ("replace", "concatenate"),
+    "position": ("sincos", "rope", "both"),
 }
 
 
@@ -57,6 +67,7 @@ class VDT(Backbone):
         conditioning: what of a clip is given is put in its place ("replace"), or frames that are given may also stand beside the
             clip, marked by a learned vector ("concatenate").
         clean_time: tokens that are given have time 0, not the time of the noisy ones.
+        position: "sincos" (added once, as released), "rope" (rotary, of frame, row and column) or "both". rope_theta: its base.
         mixer, experts, modulation: settings of the block slots; the mixer "full" makes a plain 3-D transformer.
 
     Raises:
@@ -88,6 +99,8 @@ class VDT(Backbone):
         prediction_type: Literal["velocity", "sample"] = "velocity",
         conditioning: Literal["replace", "concatenate"] = "replace",
         clean_time: bool = False,
+        position: Literal["sincos", "rope", "both"] = "sincos",
+        rope_theta: float = 100.0,
         mixer: Mixer | dict[str, Any] | str = "spacetime",
         experts: Experts | dict[str, Any] | str = "dense",
         modulation: Modulation | dict[str, Any] | str = "adaln-zero",
@@ -159,9 +172,11 @@ class VDT(Backbone):
         self._expect(class_labels, encoder_hidden_states, pooled_projections, mask, clean)
         x, grid, tokens = self._see(hidden_states, mask, clean, frame_index)  # [B, N, D]
         times = token_times(timestep, grid)  # [B] or [B, N]
-        keys, clip = None, grid
+        keys, clip, places = None, grid, [self._places(grid, frame_index, x)]
         if condition_frames is not None:
             beside, keys = self._beside(condition_frames, condition_index, condition_mask, grid)
+            at = dataclasses.replace(grid, frames=condition_frames.shape[2])
+            places = [self._places(at, condition_index, x), *places]
             count = beside.shape[1]
             tokens = torch.zeros_like(x[..., 0], dtype=torch.bool) if tokens is None else tokens
             tokens = nn.functional.pad(tokens, (count, 0), value=True)
@@ -171,7 +186,7 @@ class VDT(Backbone):
         temb, context, given = self._conditioning(times, tokens, grid, class_labels, pooled_projections)
         text, heard = self._text(encoder_hidden_states, encoder_attention_mask, grid)
         context = dataclasses.replace(
-            context, text=text, mask=keys, attention_kwargs=joint_attention_kwargs or {}
+            context, text=text, mask=keys, attention_kwargs=joint_attention_kwargs or {}, rotary=self._rotary(places)
         )
         x = self._through(x, temb, context, given, heard)  # [B, N, D]
         vectors = self.modulation_out(temb)
@@ -218,12 +233,7 @@ class VDT(Backbone):
         self, grid: Grid, frame_index: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Return the frozen table [1 or B, N, D]: column and row as in DiT, plus the frame's place in time."""
-        index = torch.arange(grid.frames, device=device) if frame_index is None else frame_index.to(device)
-        index = index.reshape(-1, index.shape[-1])
-        if index.shape[1] != grid.frames:
-            raise ValueError(
-                f"places in time: one for each of {grid.frames} frames, got a tensor of shape {tuple(index.shape)}"
-            )
+        index = _in_time(grid, frame_index, device)
         time = (
             sincos_1d(self.config.width, index.flatten()).float().unflatten(0, index.shape)
         )  # [1 or B, F, D]
@@ -238,8 +248,25 @@ class VDT(Backbone):
         if mask is not None and clean is not None:
             tokens = given_tokens(batch_mask(mask, x), self.config.patch_size)
             x = blend(clean, x, mask)
-        position = self.positions(grid, frame_index, x.device).to(self.dtype)
-        return self.x_embedder(x.to(self.dtype)) + position, grid, tokens
+        embedded = self.x_embedder(x.to(self.dtype))
+        if self.config.position == "rope":
+            return embedded, grid, tokens
+        return embedded + self.positions(grid, frame_index, x.device).to(self.dtype), grid, tokens
+
+    def _places(self, grid: Grid, index: Tensor | None, x: Tensor) -> Tensor | None:
+        """Return how far along frames, rows and columns every token stands, [B, N, 3], or None without rotary positions."""
+        if self.config.position == "sincos":
+            return None
+        return places_at(_in_time(grid, index, x.device), grid).expand(len(x), -1, -1)
+
+    def _rotary(self, places: list[Tensor | None]) -> Rotary | None:
+        """Return the cosines and sines [B, N, head size] of tokens that stand one after another."""
+        there = [one for one in places if one is not None]
+        if not there:
+            return None
+        size = self.config.width // self.config.heads
+        plane = size // 3 // 2 * 2
+        return rotary_at(torch.cat(there, dim=1), (size - 2 * plane, plane, plane), self.config.rope_theta)
 
     def _beside(
         self, frames: Tensor, index: Tensor | None, there: Tensor | None, clip: Grid
@@ -375,6 +402,17 @@ class VDT(Backbone):
                 nn.init.normal_(table.weight, std=0.02)
 
 
+def _in_time(grid: Grid, index: Tensor | None, device: torch.device | str) -> Tensor:
+    """Return where frames stand in time, [1 or B, F]. Raises: ValueError unless there is one place for each."""
+    index = torch.arange(grid.frames, device=device) if index is None else index.to(device)
+    index = index.reshape(-1, index.shape[-1])
+    if index.shape[1] != grid.frames:
+        raise ValueError(
+            f"places in time: one for each of {grid.frames} frames, got a tensor of shape {tuple(index.shape)}"
+        )
+    return index
+
+
 def _check(config: Any) -> None:
     width, heads, patch = config.width, config.heads, config.patch_size
     if width < 4 or heads < 1 or width % heads or width % 4:
@@ -387,6 +425,8 @@ def _check(config: Any) -> None:
         raise ValueError(
             f"VDT: sample_size must divide by patch_size, got sample_size={config.sample_size}, patch_size={patch}"
         )
+    if config.position != "sincos" and width // heads % 2:
+        raise ValueError(f"VDT: rotary positions need an even head size, got {width // heads}")
     for name, allowed in CHOICES.items():
         if config[name] not in allowed:
             raise ValueError(f"VDT: {name} is one of {', '.join(allowed)}, got {config[name]!r}")

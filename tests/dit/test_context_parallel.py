@@ -66,8 +66,10 @@ def mmdit(**more: Any) -> Case:
     )
 
 
-def vdt() -> Case:
-    network = filled(VDT(width=48, depth=2, heads=3, sample_size=6, context_dim=8, clean_time=True))
+def vdt(position: Any = "sincos") -> Case:
+    network = filled(
+        VDT(width=48, depth=2, heads=3, sample_size=6, context_dim=8, clean_time=True, position=position)
+    )
     given = {
         "mask": torch.tensor([0.0, 1, 1, 0, 1])[:, None, None].expand(5, 6, 4),
         "clean": drawn(2, 4, 5, 6, 4),
@@ -79,8 +81,9 @@ def vdt() -> Case:
     return network, clip | given | text | {"encoder_attention_mask": heard}
 
 
-def vdt_full() -> Case:
-    network = filled(VDT(width=48, depth=2, heads=3, sample_size=6, mixer="full", conditioning="concatenate"))
+def vdt_full(position: Any = "sincos") -> Case:
+    size = {"width": 48, "depth": 2, "heads": 3, "sample_size": 6}
+    network = filled(VDT(**size, mixer="full", conditioning="concatenate", position=position))
     beside = {
         "condition_frames": drawn(2, 4, 2, 6, 4),
         "condition_mask": torch.tensor([[True, True], [True, False]]),
@@ -110,6 +113,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "mmdit, pre-only text": lambda: mmdit(single_depth=0, mixer="scenes:caption=0"),
     "vdt": vdt,
     "vdt, full": vdt_full,
+    "vdt, rotary": lambda: vdt("rope"),
+    "vdt, full, rotary": lambda: vdt_full("both"),
     "mask2dit": mask2dit,
     "mask2dit, stored": lambda: mask2dit("stored"),
 }

@@ -251,8 +251,10 @@ def test_any_count_of_frames_beside_and_absent_ones_are_not_heard(mixer: str) ->
 # Frames, times, pictures
 
 
-def test_order_is_in_the_positions_alone_and_frames_may_be_more_or_between() -> None:
-    model = tiny()
+@pytest.mark.parametrize("position", ["sincos", "rope", "both"])
+@pytest.mark.parametrize("mixer", ["spacetime", "full"])
+def test_order_is_in_the_positions_alone_and_frames_may_be_more_or_between(position: str, mixer: str) -> None:
+    model = tiny(position=position, mixer=mixer)
     x, order = noise(2, 4, 6, 8, 8), torch.tensor([3, 0, 5, 1, 4, 2])
     out = answer(model, x, TIMES)  # six frames, made for four
     near(answer(model, x, TIMES, frame_index=torch.arange(6)), out)
@@ -263,6 +265,37 @@ def test_order_is_in_the_positions_alone_and_frames_may_be_more_or_between() -> 
     near(answer(model, x, TIMES, frame_index=each), torch.stack([out[0], halves[1]]))
     with pytest.raises(ValueError, match="one for each of 6 frames"):
         model(x, TIMES, frame_index=torch.arange(5))
+
+
+@pytest.mark.parametrize("mixer", ["spacetime", "full"])
+def test_rotary_positions_say_how_far_apart_tokens_are(mixer: str) -> None:
+    model, x = tiny(position="rope", mixer=mixer), noise(2, 4, 4, 8, 8)
+    out = answer(model, x, TIMES)
+    near(answer(model, x, TIMES, frame_index=torch.arange(4) + 3), out)
+    for other in ("sincos", "both"):
+        table = tiny(position=other, mixer=mixer)
+        assert (answer(table, x, TIMES, frame_index=torch.arange(4) + 3) - answer(table, x, TIMES)).abs().max() > 1e-2
+    for axis in (2, 3, 4):  # frames, rows and columns are told apart: without positions a clip turned round would be the same
+        assert (answer(model, x.flip(axis), TIMES).flip(axis) - out).abs().max() > 1e-2
+
+
+def test_rotary_positions_of_frames_beside_the_clip() -> None:
+    model = tiny(position="rope", conditioning="concatenate")
+    x, more = noise(2, 4, 4, 8, 8), noise(2, 4, 2, 8, 8, seed=3)
+    given = {"condition_frames": more, "condition_index": torch.tensor([4, 6])}
+    out = answer(model, x, TIMES, **given)
+    later = {"condition_frames": more, "condition_index": torch.tensor([9, 11])}
+    near(answer(model, x, TIMES, frame_index=torch.arange(4) + 5, **later), out)
+    assert (answer(model, x, TIMES, **later) - out).abs().max() > 1e-2
+    turned = {"condition_frames": more.flip(2), "condition_index": torch.tensor([6, 4])}
+    near(answer(model, x, TIMES, **turned), out)
+
+
+def test_rotary_positions_need_an_even_head_size() -> None:
+    with pytest.raises(ValueError, match="even head size, got 3"):
+        VDT(**(TINY | {"width": 12, "heads": 4, "position": "rope"}))
+    with pytest.raises(ValueError, match="position is one of sincos, rope, both"):
+        VDT(**(TINY | {"position": "learnt"}))
 
 
 def test_a_picture_is_a_clip_of_one_frame() -> None:
