@@ -474,12 +474,20 @@ window.fetch = async (...given) => {
   const address = String(given[0]?.url ?? given[0]), answer = await inner(...given);
   if (address.includes("/queue/join")) window.joined++;
   if (!address.includes("/queue/data")) return answer;
-  const late = new TransformStream({transform: async (part, to) => {
-    const [told, end] = new TextDecoder().decode(part).split(/(?=data: *{"msg":"close_stream")/);
-    to.enqueue(new TextEncoder().encode(told));
-    while (end && window.hold) { window.held = true; await new Promise((done) => setTimeout(done, 20)); }
-    if (end) to.enqueue(new TextEncoder().encode(end));
-  }});
+  const reads = new TextDecoder(), writes = new TextEncoder();
+  let begun = "";  // of an event whose end has not come yet
+  const late = new TransformStream({
+    transform: async (part, to) => {
+      const events = (begun + reads.decode(part, {stream: true})).split(/(?<=\\n\\n)/);
+      begun = events.at(-1).endsWith("\\n\\n") ? "" : events.pop();
+      for (const one of events) {
+        const end = /^data: *{"msg": *"close_stream"/.test(one);
+        while (end && window.hold) { window.held = true; await new Promise((done) => setTimeout(done, 20)); }
+        to.enqueue(writes.encode(one));
+      }
+    },
+    flush: (to) => to.enqueue(writes.encode(begun)),
+  });
   return new Response(answer.body.pipeThrough(late), answer);
 };
 """
@@ -492,8 +500,10 @@ def test_what_is_asked_while_the_line_of_answers_is_being_closed_is_still_answer
         context.add_init_script(_LATE)
         tab = opened(context.new_page(), served[0])
         tab.evaluate("window.hold = true")
-        tab.locator("#queue").click()  # asks for too little, and is soon answered
-        tab.wait_for_function("window.held")
+        insisted(  # asks for too little, and is soon answered
+            lambda: tab.locator("#queue").click(),
+            lambda wait: tab.wait_for_function("window.held", timeout=wait),
+        )
         joined = tab.evaluate("window.joined")
         tab.locator("#prompt textarea").fill("a dog unheard")
         tab.locator("#generate").click()
