@@ -172,11 +172,11 @@ class VDT(Backbone):
         self._expect(class_labels, encoder_hidden_states, pooled_projections, mask, clean)
         x, grid, tokens = self._see(hidden_states, mask, clean, frame_index)  # [B, N, D]
         times = token_times(timestep, grid)  # [B] or [B, N]
-        keys, clip, places = None, grid, [self._places(grid, frame_index, x)]
+        keys, clip, when = None, grid, [_in_time(grid, frame_index, x.device)]
         if condition_frames is not None:
             beside, keys = self._beside(condition_frames, condition_index, condition_mask, grid)
             at = dataclasses.replace(grid, frames=condition_frames.shape[2])
-            places = [self._places(at, condition_index, x), *places]
+            when = [_in_time(at, condition_index, x.device), *when]
             count = beside.shape[1]
             tokens = torch.zeros_like(x[..., 0], dtype=torch.bool) if tokens is None else tokens
             tokens = nn.functional.pad(tokens, (count, 0), value=True)
@@ -186,7 +186,7 @@ class VDT(Backbone):
         temb, context, given = self._conditioning(times, tokens, grid, class_labels, pooled_projections)
         text, heard = self._text(encoder_hidden_states, encoder_attention_mask, grid)
         context = dataclasses.replace(
-            context, text=text, mask=keys, attention_kwargs=joint_attention_kwargs or {}, rotary=self._rotary(places)
+            context, text=text, mask=keys, attention_kwargs=joint_attention_kwargs or {}, rotary=self._rotary(when, grid)
         )
         x = self._through(x, temb, context, given, heard)  # [B, N, D]
         vectors = self.modulation_out(temb)
@@ -253,20 +253,15 @@ class VDT(Backbone):
             return embedded, grid, tokens
         return embedded + self.positions(grid, frame_index, x.device).to(self.dtype), grid, tokens
 
-    def _places(self, grid: Grid, index: Tensor | None, x: Tensor) -> Tensor | None:
-        """Return how far along frames, rows and columns every token stands, [B, N, 3], or None without rotary positions."""
+    def _rotary(self, times: list[Tensor], grid: Grid) -> Rotary | None:
+        """Return cosines and sines [1 or B, N, head size] of frames that stand in time at `times`, [1 or B, F] each, or None."""
         if self.config.position == "sincos":
             return None
-        return places_at(_in_time(grid, index, x.device), grid).expand(len(x), -1, -1)
-
-    def _rotary(self, places: list[Tensor | None]) -> Rotary | None:
-        """Return the cosines and sines [B, N, head size] of tokens that stand one after another."""
-        there = [one for one in places if one is not None]
-        if not there:
-            return None
+        most = max(len(one) for one in times)  # tables of all samples only where samples differ
+        places = places_at(torch.cat([one.expand(most, -1) for one in times], dim=1), grid)
         size = self.config.width // self.config.heads
         plane = size // 3 // 2 * 2
-        return rotary_at(torch.cat(there, dim=1), (size - 2 * plane, plane, plane), self.config.rope_theta)
+        return rotary_at(places, (size - 2 * plane, plane, plane), self.config.rope_theta)
 
     def _beside(
         self, frames: Tensor, index: Tensor | None, there: Tensor | None, clip: Grid
