@@ -113,8 +113,9 @@ class Create(Layout):
     def _connect_notes(self) -> None:
         """Keep the lines about tokens, speed and time true while the form changes."""
         inputs, parts = self.inputs, self.parts
-        inputs["prompt"].change(
-            self._prompted, [inputs["prompt"], inputs["model"], inputs["style"]], [parts["tokens"], inputs["style"]],
+        written = [inputs[name] for name in ("prompt", "model", "style", "task")]
+        gr.on(
+            [inputs["prompt"].change, inputs["task"].change], self._prompted, written, [parts["tokens"], inputs["style"]],
             trigger_mode="always_last", **_QUICK,
         )  # fmt: skip
         noted = [parts[name] for name in ("methods", "speed_note", "measure", "estimate")]
@@ -263,11 +264,11 @@ class Create(Layout):
             return {self.inputs["task"]: gr.skip()}
         return {self.inputs["image"]: served(job.paths[-1]), self.inputs["task"]: task}
 
-    def _prompted(self, prompt: str, model: str, style: str) -> tuple[str, Any]:
-        """Count a prompt, and let the choice of a style follow what is written."""
+    def _prompted(self, prompt: str, model: str, style: str, task: str) -> tuple[str, Any]:
+        """Count a prompt, or each scene of a story, and let the choice of a style follow what is written."""
         card = self.cards.get(model, self.first)
         found = form.style_in(prompt or "", form.styles_of(card))
-        return tokens.line(prompt, card), gr.skip() if found == style else found
+        return tokens.line(prompt, card, story=task == "story"), gr.skip() if found == style else found
 
     def _notes(self, *values: Any) -> Updates:
         """Return what is shown for a speed, the sentence about it, and how long a run will take."""

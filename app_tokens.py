@@ -12,6 +12,8 @@ import app_tasks as tasks
 from app_views import safe
 from pipelines import catalog
 from pipelines.catalog import Card
+from pipelines.request import RequestError
+from pipelines.schedule import read_prompts
 
 PARTS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 MOST = 100_000
@@ -43,20 +45,34 @@ def counts(prompt: str, card: Card) -> list[Count]:
     return found
 
 
-def line(prompt: str, card: Card) -> str:
-    """Return the counts as HTML: in words, not by colour alone, with the cut part struck through."""
+def captions(prompt: str) -> list[str]:
+    """Return what a story's prompt tells scene by scene; text that is no list of scenes yet is one caption."""
+    try:
+        return [part.text for part in read_prompts(prompt)]
+    except RequestError:
+        return [prompt]
+
+
+def line(prompt: str, card: Card, *, story: bool = False) -> str:
+    """Return the counts as HTML: in words, not by colour alone, with the cut part struck through.
+
+    Scenes of a `story` are read one by one: what is told is the caption of most tokens.
+    """
     if card.takes_class:
         return ""
-    told = counts(prompt or "", card)
+    scenes = captions(prompt or "") if story else [prompt or ""]
+    found = [counts(one, card) for one in scenes]
+    told = max(found, key=lambda row: max((one.tokens for one in row), default=0))
     if not told:
         return ""
+    where = f" in scene {found.index(told) + 1} of {len(found)}, the longest" if len(found) > 1 else ""
     words, cut = [], ""
     for one in told:
         of = f" / {one.limit}" if one.limit is not None else ""
         over = one.limit is not None and one.tokens > one.limit
         words.append(
             f'<span class="{"over" if over else "fits"}">{one.tokens}{of} tokens'
-            f"{f' ({safe(one.name)})' if len(told) > 1 else ''}{': too long' if over else ''}</span>"
+            f"{f' ({safe(one.name)})' if len(told) > 1 else ''}{where}{': too long' if over else ''}</span>"
         )
         if over and len(one.cut) > len(cut):
             cut = one.cut

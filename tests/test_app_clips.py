@@ -13,11 +13,13 @@ import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 import app_clips
 import app_form
 import app_given
 import app_tasks
+import app_tokens
 from app_inputs import TaskInputs
 from pipelines.catalog import Card
 from pipelines.request import Request, RequestError
@@ -154,3 +156,17 @@ def test_stories_are_for_models_that_hear_more_than_one_caption() -> None:
     assert "still pictures" in app_tasks.possible(card("TextToImagePipeline", "text-to-image"))["story"]
     request = Request(model="none", prompts="a | b")
     assert app_tasks.task_of(request, card("WanPipeline")) == "clip"
+
+
+def test_the_longest_caption_of_a_story_is_counted_not_the_sum_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(app_tokens._minilm())
+    monkeypatch.setattr(app_tokens, "_tokenizers", lambda _name: (("MiniLM", tokenizer, 8),))
+    told = "a red ball | a blue box that falls | a dog"
+    assert "9 / 8 tokens" not in app_tokens.line(told, card(), story=True)
+    assert "7 / 8 tokens in scene 2 of 3, the longest</span>" in app_tokens.line(told, card(), story=True)
+    assert "too long" in app_tokens.line(told, card()), "one caption with bars in it"
+    over = app_tokens.line("0-4: a dog | 4-8: " + "cat " * 9 + "mouse", card(), story=True)
+    assert "12 / 8 tokens in scene 2 of 2, the longest: too long" in over
+    assert "Not read: <s>cat cat cat mouse</s>" in over
+    assert app_tokens.line("a | ", card(), story=True).count("tokens</span>") == 1, "half typed"
+    assert "scene" not in app_tokens.line("a red ball", card(), story=True)
