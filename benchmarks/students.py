@@ -1,8 +1,8 @@
 """What small trained networks are worth beside the plain one: `python -m benchmarks.students lit=FOLDER [--plain emoji]`.
 
 Every folder is a shipped pipeline (`training.ship`). Each sits the exam of `benchmarks.quality` with the same prompts and seeds as
-the plain network, in one process; what a picture costs is processor time of one thread, in turns. Rows are put into
-benchmarks/results/students.json by name, so that networks can be judged one after the other.
+the plain network, in one process; what a picture costs is processor time of one thread, in turns, and the multiply-accumulates of
+the network. Rows are put into benchmarks/results/students.json by name, so that networks can be judged one after the other.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.exam import Exam, set_exam
 from benchmarks.machine import RESULTS, ROOT, record, write_json
 from benchmarks.quality import asked_of, load_pipeline, maker
-from dit.ledger import activated_of, parameters_of
+from dit.ledger import activated_of, extra_flops, parameters_of
 from training.judge import Court, load_judge
 
 FIGURES = ("concept_top5", "concept_top1", "style_top1")
@@ -83,6 +84,14 @@ def seconds(pipelines: dict[str, Any], steps: int, guidance: float, rounds: int)
     return {name: statistics.median(one) for name, one in taken.items()}
 
 
+def macs(pipeline: Any, steps: int, guidance: float) -> int:
+    """Return the multiply-accumulates of a network for one picture, guidance included; text encoder and codec left out."""
+    counter = FlopCounterMode(display=False, custom_mapping=extra_flops())
+    with counter:
+        pipeline(["dog, cartoon"], seeds=[0], num_inference_steps=steps, guidance_scale=guidance, output_type="pt")
+    return sum(counter.get_flop_counts()[type(pipeline.transformer).__name__].values()) // 2
+
+
 def main() -> None:
     """Read the command line, judge, and write students.json."""
     parser = argparse.ArgumentParser(
@@ -114,7 +123,9 @@ def main() -> None:
         found[name] = answers_of(pipeline, known | settings, court, exam, given)
         print(name, json.dumps(found[name]), flush=True)
     pipelines = {name: pipeline for name, (pipeline, _) in loaded.items()}
-    taken = seconds(pipelines, settings["steps"] or 28, settings["guidance"] or 3.0, given.rounds)
+    run = (settings["steps"] or 28, settings["guidance"] or 3.0)
+    taken = seconds(pipelines, *run, given.rounds)
+    work = {name: macs(pipeline, *run) for name, pipeline in pipelines.items()}
     file = given.out / "students.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else {}
     for name in named:
@@ -127,6 +138,8 @@ def main() -> None:
             **found[name],
             **beside(found[name], found["plain"]),
             "plain_parameters": found["plain"]["parameters"],
+            "macs_a_picture": work[name],
+            "plain_macs_a_picture": work["plain"],
             "seconds_a_picture": taken[name],
             "plain_seconds_a_picture": taken["plain"],
             "times_as_fast": taken["plain"] / taken[name],

@@ -170,7 +170,7 @@ def counted(model: nn.Module, inputs: Mapping[str, Any], *, tokens: int | None =
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
+    counter = FlopCounterMode(display=False, custom_mapping=extra_flops())
     with torch.no_grad(), counter:
         model(**inputs)
     root = type(model).__name__
@@ -215,8 +215,8 @@ def _inside(module: nn.Module, path: str, own: Mapping[str, int]) -> int:
     return sum(_inside(*child, own) for child in _children(module, path))
 
 
-def _uncounted() -> dict[Any, Any]:
-    """Attention on the processor, which torch's own table of FLOPs leaves out."""
+def extra_flops() -> dict[Any, Any]:
+    """Return what torch's own table of FLOPs leaves out, for its `FlopCounterMode`: attention on the processor."""
     from torch.utils.flop_counter import sdpa_flop_count
 
     def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:

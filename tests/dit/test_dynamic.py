@@ -17,7 +17,7 @@ from dit.backbones.mmdit import MMDiT
 from dit.convert import LayoutError, convert, find
 from dit.experts.dynamic import Dynamic, DynamicPerceptron, WidthRouter, complete, share_of, spent_share
 from dit.layers import cut
-from dit.ledger import _uncounted
+from dit.ledger import extra_flops
 from dit.model import Context
 from dit.routing import RouteDecision
 
@@ -59,7 +59,7 @@ def network(experts: str = HALF, **changes: Any) -> DiT:
 
 
 def flops(model: nn.Module, given: dict[str, torch.Tensor]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_uncounted()) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=extra_flops()) as counter:
         model(**given)
     return int(counter.get_total_flops())
 
