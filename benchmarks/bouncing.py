@@ -149,8 +149,11 @@ def judged(make: Callable[[Balls, Tensor], Tensor], count: int) -> dict[str, flo
 
 def without_bars(count: int, dice: torch.Generator) -> Balls:
     """Draw `count` clips that have no bar."""
-    drawn = throw(4 * count, dice)
-    return drawn.only(~drawn.barred).only(torch.arange(count))
+    kept: list[Balls] = []
+    while sum(map(len, kept)) < count:
+        drawn = throw(4 * count, dice)
+        kept.append(drawn.only(~drawn.barred))
+    return Balls.joined(kept).only(torch.arange(count))
 
 
 def behind_bars(count: int, dice: torch.Generator) -> list[Balls]:

@@ -49,6 +49,15 @@ def test_a_ball_behind_the_bar_is_not_seen_and_comes_out_again() -> None:
         assert passes(one).all()
 
 
+def test_as_many_clips_without_a_bar_as_asked_for() -> None:
+    for seed in range(40):  # one of four clips has no bar in most draws, not in all
+        one = bouncing.without_bars(1, dice(seed))
+        assert len(one) == 1
+        assert not one.barred.any()
+    first = throw(12, dice(7))
+    assert torch.equal(bouncing.without_bars(3, dice(7)).clips, first.clips[~first.barred][:3])
+
+
 def test_lines_are_right_until_a_wall_and_those_that_turn_after_it() -> None:
     drawn = throw(400, dice())
     steps = drawn.centres.diff(dim=1)  # [B, F - 1, 2]
