@@ -124,6 +124,10 @@ def write(pipeline: Any, about: dict[str, Any], transformer: Path, out: Path) ->
         "parameters": sum(one.numel() for one in pipeline.transformer.parameters()),
         "samples_seen": json.loads(progress.read_text())["seen"] if progress.is_file() else 0,
     }
+    for file in draft.glob("*/config.json"):  # where a part lay before tells of the computer, not of the model
+        told = json.loads(file.read_text())
+        told.pop("_name_or_path", None)
+        file.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
     (draft / "card.json").write_text(json.dumps(about | counts, indent=1, ensure_ascii=False) + "\n")
     for file in draft.rglob("*.safetensors"):
         file.chmod(0o644)

@@ -111,6 +111,9 @@ def test_trained_shipped_generated(
     make: Make, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = make(name, "")
+    configs = [file.read_text() for file in shipped.glob("*/config.json")]
+    assert len(configs) > 1
+    assert not any(str(shipped.parent) in one for one in configs), "where it was trained is told by no config"
     picture = drawn(shipped, tmp_path, monkeypatch)
     assert picture.shape == (64, 64, 3)
     assert picture.std() > 1
