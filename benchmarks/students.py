@@ -66,19 +66,19 @@ def beside(ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def picture(pipeline: Any, seed: int, steps: int, guidance: float) -> None:
+    """Make the picture that costs are taken from."""
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+    pipeline(["dog, cartoon"], seeds=[seed], output_type="pt", **settings)
+
+
 def seconds(pipelines: dict[str, Any], steps: int, guidance: float, rounds: int) -> dict[str, float]:
     """Return the processor time of one picture for each network, in turns, medians."""
     taken: dict[str, list[float]] = {name: [] for name in pipelines}
     for turn in range(rounds + 1):
         for name in list(pipelines)[:: 1 if turn % 2 else -1]:
             began = time.process_time()
-            pipelines[name](
-                ["dog, cartoon"],
-                seeds=[turn],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type="pt",
-            )
+            picture(pipelines[name], turn, steps, guidance)
             if turn:  # the first is a warm-up
                 taken[name].append(time.process_time() - began)
     return {name: statistics.median(one) for name, one in taken.items()}
@@ -88,7 +88,7 @@ def macs(pipeline: Any, steps: int, guidance: float) -> int:
     """Return the multiply-accumulates of a network for one picture, guidance included; text encoder and codec left out."""
     counter = FlopCounterMode(display=False, custom_mapping=extra_flops())
     with counter:
-        pipeline(["dog, cartoon"], seeds=[0], num_inference_steps=steps, guidance_scale=guidance, output_type="pt")
+        picture(pipeline, 0, steps, guidance)
     return sum(counter.get_flop_counts()[type(pipeline.transformer).__name__].values()) // 2
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else {}
     for name in named:
         rows[name] = {
-            "plain": loaded["plain"][1]["model"],
+            "plain": Path(loaded["plain"][1]["model"]).name,  # of a folder its name, not where it lies
             **record(),
             **settings,
             "seeds": given.seeds,

@@ -57,7 +57,7 @@ def judged(
     monkeypatch.setattr(students, "load_judge", lambda _: Reader())
     known = {"steps": 3, "guidance": 2.0, "digest": "sha256:2"}
     monkeypatch.setattr(students, "load_pipeline", lambda name, _: (made[name], {"model": name} | known))
-    names = [f"{name}={name}" for name in made if name != "emoji"]
+    names = [f"{name}={name}" for name in made if name not in ("emoji", *more)]
     monkeypatch.setattr(
         "sys.argv", ["students", *names, "--out", str(out), "--seeds", "2", "--rounds", "1", *more]
     )
@@ -93,6 +93,12 @@ def test_rows_of_earlier_runs_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert (rows["lit"]["within_a_tenth"], rows["moe"]["within_a_tenth"]) == (False, True)
     rows = judged(monkeypatch, tmp_path, {"emoji": Pipeline(0, 4), "lit": Pipeline(0, 6)})
     assert (rows["lit"]["within_a_tenth"], rows["moe"]["within_a_tenth"]) == (True, True)
+
+
+def test_a_folder_to_compare_with_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = str(tmp_path / "control")
+    rows = judged(monkeypatch, tmp_path, {"lit": Pipeline(0, 6), plain: Pipeline(0, 4)}, "--plain", plain)
+    assert rows["lit"]["plain"] == "control"
 
 
 @pytest.mark.parametrize("name", ["lit", "plain=folder", "lit="])
