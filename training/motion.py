@@ -10,7 +10,8 @@ Differs: the error is a mean over generated sites, whatever their count; caption
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,28 @@ from dit.clip_masks import blend, draw_mask, task_mask
 from dit.segments import joined_captions
 from dit.text import encode, load_minilm
 from training.clips import Script, film, film_story, write_caption, write_script
-from training.objectives import Denoiser, euler
+from training.objectives import Denoiser, euler, stable_target
 from training.train import Trainer, asked, latents_of
 
+Again = Callable[[], np.ndarray]
 TASKS = ("unconditional", "predict", "backward", "interpolate", "first-last", "image", "keyframes", "region")
 
 
 @dataclass(slots=True)
 class Batch:
-    """Clips as latents [B, 3, F, h, w], what the network hears, and the mask of what it has to make [B, F, h, w]."""
+    """Clips as latents [B, 3, F, h, w], what the network hears, and the mask of what it has to make [B, F, h, w].
+
+    Attributes:
+        index: places in time [B, F], where they are not 0..F-1.
+        again: draws frames uint8 [F, 3, H, W] that could stand in a row's place as well, for all that the network is told; None
+            where it is told too much or too little.
+    """
 
     latents: Tensor
     prompts: dict[str, Tensor]
     mask: Tensor
-    index: Tensor | None = None  # places in time [B, F], where they are not 0..F-1
+    index: Tensor | None = None
+    again: list[Again | None] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -101,10 +110,15 @@ class Clips:
         clips = np.stack(
             [film(self.scripts.scripts[place], drawn, frames=frames).frames for place in which.tolist()]
         )
-        latents = self._latents(clips)
+        latents = self.latents(clips)
         side = latents.shape[-1]
         mask = torch.stack([self._mask(tasks, frames, side, dice) for _ in range(count)])
-        return Batch(latents, self._heard(which, dice), mask)
+        heard = self._dropped(which, dice)
+        again = [
+            self._again([int(place)], drawn, frames) if place and bool(sites.all()) else None
+            for place, sites in zip(heard, mask, strict=True)
+        ]
+        return Batch(latents, self._heard(heard), mask, again=again)
 
     def stills(self, count: int, dice: torch.Generator) -> Batch:
         """Draw `count` single frames, each at its place in time: what a thing looks like costs a frame, not a clip."""
@@ -116,12 +130,33 @@ class Clips:
             film(self.scripts.scripts[place], drawn, frames=frames, still=at).frames
             for place, at in zip(which.tolist(), index[:, 0].tolist(), strict=True)
         ]
-        latents = self._latents(np.stack(pictures))
-        return Batch(latents, self._heard(which, dice), torch.ones_like(latents[:, 0]), index)
+        latents = self.latents(np.stack(pictures))
+        heard = self._dropped(which, dice)
+        again = [
+            self._again([int(place)], drawn, frames, still=int(at)) if place else None
+            for place, at in zip(heard, index[:, 0], strict=True)
+        ]
+        return Batch(latents, self._heard(heard), torch.ones_like(latents[:, 0]), index, again)
 
-    def _heard(self, which: Tensor, dice: torch.Generator) -> dict[str, Tensor]:
-        """Return the network's inputs for the captions of scripts [B], some of them dropped."""
-        which = torch.where(torch.rand(len(which), generator=dice) < self.data["drop"], 0, which)
+    def _dropped(self, which: Tensor, dice: torch.Generator) -> Tensor:
+        """Return the places of the captions that are heard: those of scripts [B], 0 where dropped."""
+        return torch.where(torch.rand(len(which), generator=dice) < self.data["drop"], 0, which)
+
+    def _again(
+        self, places: list[int], drawn: np.random.Generator, frames: int, still: int | None = None
+    ) -> Again:
+        """Return what draws the scenes of scripts anew, one after another on one ground."""
+        scripts = [self.scripts.scripts[place] for place in places]
+
+        def draw() -> np.ndarray:
+            if len(scripts) == 1:
+                return film(scripts[0], drawn, frames=frames, still=still).frames
+            return np.concatenate([scene.frames for scene in film_story(scripts, drawn, frames=frames)])
+
+        return draw
+
+    def _heard(self, which: Tensor) -> dict[str, Tensor]:
+        """Return the network's inputs for the captions of scripts [B]."""
         return {
             "encoder_hidden_states": self.scripts.tokens[which].float(),
             "encoder_attention_mask": self.scripts.mask[which],
@@ -136,19 +171,21 @@ class Clips:
             film_story([self.scripts.scripts[place] for place in row], drawn, frames=frames)
             for row in which.tolist()
         ]
-        latents = self._latents(np.stack([np.concatenate([scene.frames for scene in one]) for one in clips]))
+        latents = self.latents(np.stack([np.concatenate([scene.frames for scene in one]) for one in clips]))
         mask = torch.ones(count, scenes * frames, *latents.shape[-2:])
         given = torch.randint(scenes, (count,), generator=dice) * (torch.rand(count, generator=dice) < 0.5)
         for row, known in enumerate(given.tolist()):  # a story may be told on
             mask[row, : known * frames] = 0
         which = torch.where(torch.rand(count, 1, generator=dice) < self.data["drop"], 0, which)
-        return Batch(
-            latents,
-            story_prompts(self.scripts.tokens[which], self.scripts.mask[which], [frames] * scenes),
-            mask,
-        )
+        again = [
+            self._again(row.tolist(), drawn, frames) if bool(row.all()) and not known else None
+            for row, known in zip(which, given.tolist(), strict=True)
+        ]
+        heard = story_prompts(self.scripts.tokens[which], self.scripts.mask[which], [frames] * scenes)
+        return Batch(latents, heard, mask, again=again)
 
-    def _latents(self, clips: np.ndarray) -> Tensor:
+    def latents(self, clips: np.ndarray) -> Tensor:
+        """Return frames uint8 [B, F, 3, H, W] as latents [B, 3, F, h, w]."""
         found = latents_of(torch.from_numpy(clips).flatten(0, 1), self.scale)
         return found.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
 
@@ -197,7 +234,7 @@ class MotionTrainer(Trainer):
         batch = self.draw()
         noise = torch.randn(batch.latents.shape, generator=self.dice)
         times = self.objective.times(len(batch.latents), self.dice)
-        loss = self._error(batch, noise, times).mean()
+        loss = self._error(batch, noise, times, self._target(batch, noise, times)).mean()
         self.accelerator.backward(loss + sum(self.model.auxiliary_losses().values()))
         self.master.step(self.factor(), self.recipe["optimizer"]["clip"])
         clips = (
@@ -217,8 +254,23 @@ class MotionTrainer(Trainer):
         story = chance < data.get("stills", 0.0) + data["stories"]
         return self.clips.draw(count, self.dice, story=story)
 
-    def _error(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
+    def _target(self, batch: Batch, noise: Tensor, times: Tensor) -> Tensor | None:
+        """Return what is to be learnt: under much noise the mean over several scenes of the same captions, else the clips."""
+        settings = self.recipe.get("stable_target")
+        if settings is None:
+            return None
+        target = batch.latents.clone()
+        for row, (time, draw) in enumerate(zip(times.tolist(), batch.again, strict=True)):
+            if draw is None or time < settings["above"]:
+                continue
+            others = self.clips.latents(np.stack([draw() for _ in range(settings["scenes"] - 1)]))
+            noisy = (1 - time) * batch.latents[row] + time * noise[row]
+            target[row] = stable_target(noisy, time, torch.cat([batch.latents[row : row + 1], others]))
+        return target
+
+    def _error(self, batch: Batch, noise: Tensor, times: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the weighted squared velocity error of each clip over its generated sites, [B]."""
+        target = target if target is None else target.to(self.device)
         clean, noise, mask, times = (one.to(self.device) for one in (batch.latents, noise, batch.mask, times))
         prompts = {name: value.to(self.device) for name, value in batch.prompts.items()}
 
@@ -226,7 +278,7 @@ class MotionTrainer(Trainer):
             told = {"mask": mask, "clean": clean, "frame_index": batch.index}
             return self.model(noisy, times * 1000, **told, **prompts, return_dict=False)[0]
 
-        return self.objective.losses(denoise, clean, noise, times, mask)
+        return self.objective.losses(denoise, clean, noise, times, mask, target)
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 Paper: Flow Matching, Lipman et al. 2022, arXiv:2210.02747; Scaling Rectified Flow Transformers, Esser et al. 2024,
 arXiv:2403.03206 (logit-normal times); Back to Basics, Li and He 2025, arXiv:2511.13720 (velocity loss on a predicted picture);
-LiT, Wang et al. 2025, arXiv:2501.12976 (hybrid distillation).
+LiT, Wang et al. 2025, arXiv:2501.12976 (hybrid distillation); Stable Target Field, Xu, Tong and Jaakkola 2023,
+arXiv:2302.00670 (a target of several pictures).
 """
 
 from __future__ import annotations
@@ -39,22 +40,41 @@ class FlowMatching:
         noise: Tensor,
         times: Tensor,
         mask: Tensor | None = None,
+        target: Tensor | None = None,
     ) -> Tensor:
         """Return the weighted squared velocity error of each sample of pictures [B, C, H, W] or clips [B, C, F, H, W], [B].
 
         With a mask as in `dit.clip_masks.batch_mask` the network sees the given sites as they are, and only the others count.
+        `target` stands for the pictures in what is to be learnt, not in what the network sees (`stable_target`).
         """
         level = times.reshape(-1, *[1] * (pictures.dim() - 1)).to(pictures.dtype)
         noisy = (1 - level) * pictures + level * noise
+        wanted = noise - pictures
+        if target is not None:
+            wanted = wanted + (pictures - target) / level
         if mask is not None:
             noisy = blend(pictures, noisy, mask)
-        error = (denoiser(noisy, times).float() - (noise - pictures).float()).square()
+        error = (denoiser(noisy, times).float() - wanted.float()).square()
         each = error.mean(dim=tuple(range(1, error.dim()))) if mask is None else masked_mean(error, mask)
         return each * self.weights(times)
 
     def weights(self, times: Tensor) -> Tensor:
         """Return the weight of each sample by its time [B]."""
         return (times / times.clamp_min(self.floor)) ** 2
+
+
+def stable_target(noisy: Tensor, time: float, candidates: Tensor) -> Tensor:
+    """Return the mean of what may have given a noisy sample, each weighted by how probable it makes that: a calmer target.
+
+    Under much noise the sample itself says little of where it came from, so that learning from it alone is learning from chance.
+
+    Args:
+        noisy: the sample, [C, ...]. time: its noise level, above 0. candidates: the picture behind it and others that
+            could stand there as well, drawn for the same prompt, [n, C, ...].
+    """
+    apart = (noisy - (1 - time) * candidates).double().square().flatten(1).sum(1)
+    chances = torch.softmax(-apart / (2 * time * time), 0)
+    return torch.einsum("n,n...->...", chances.to(candidates.dtype), candidates)
 
 
 def hybrid(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from benchmarks._motion_eyes import colours_in
 from dit.backbones.vdt import VDT
 from dit.text import Prompt
 from pipelines import catalog
@@ -331,6 +332,76 @@ def test_every_task_is_drawn_and_leaves_something_to_make(recipe: dict[str, Any]
         shares = batch.mask.mean((1, 2, 3))
         assert (shares > 0).all()
         assert (shares == 1).all() == (task == "unconditional")
+
+
+def test_under_much_noise_a_clip_is_learnt_as_the_mean_of_scenes_of_its_caption(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["stable_target"] = {"above": 0.9, "scenes": 5}
+    recipe["data"]["drop"] = 0.0
+    trainer = begun(recipe, tmp_path)
+    dice = torch.Generator().manual_seed(0)
+    batch = trainer.clips.draw(3, dice, tasks={"unconditional": 1.0})
+    drawn: list[list[np.ndarray]] = [[] for _ in batch.again]
+
+    def kept(row: int, draw: motion.Again) -> motion.Again:
+        return lambda: drawn[row].append(draw()) or drawn[row][-1]  # type: ignore[func-returns-value]
+
+    batch.again = [kept(row, draw) for row, draw in enumerate(batch.again) if draw is not None]
+    assert len(batch.again) == 3
+    noise, times = torch.randn(batch.latents.shape, generator=dice), torch.tensor([0.5, 1.0, 0.95])
+    target = trainer._target(batch, noise, times)
+    assert target is not None
+    assert [len(one) for one in drawn] == [0, 4, 4]
+    assert torch.equal(target[0], batch.latents[0])
+    everything = torch.cat([batch.latents[1:2], trainer.clips.latents(np.stack(drawn[1]))])
+    torch.testing.assert_close(target[1], everything.mean(0))
+    assert not torch.equal(target[2], batch.latents[2])
+    moved = trainer._error(batch, noise, times, target) - trainer._error(batch, noise, times)
+    assert moved[0] == 0
+    assert moved[1] != 0
+    recipe["data"] |= {"stories": 1.0}
+    recipe["objective"]["mean"] = 6.0  # nearly all noise
+    named = begun(recipe, tmp_path / "named")
+    losses = named.step(), begun(recipe | {"stable_target": None}, tmp_path / "plain").step()
+    assert losses[0] != losses[1], "the recipe's table is heard"
+
+
+def test_scenes_are_drawn_anew_only_where_the_network_is_told_the_caption_and_nothing_else(
+    recipe: dict[str, Any],
+) -> None:
+    recipe["data"] |= {"drop": 0.5, "stills_batch": 20}
+    clips = Clips(Scripts.drawn(40, 0, 3), recipe["data"], 4, 4)
+    dice = torch.Generator().manual_seed(0)
+    empty = clips.scripts.tokens[0].float()
+
+    def told(batch: motion.Batch) -> list[bool]:
+        heard = batch.prompts["encoder_hidden_states"].unflatten(1, (-1, 3))  # [B, captions, L, D]
+        words = [not any(torch.equal(one, empty) for one in row) for row in heard]
+        return [said and bool(mask.all()) for said, mask in zip(words, batch.mask, strict=True)]
+
+    shapes = set()
+    batches = [clips.draw(20, dice), clips.draw(20, dice, tasks={"unconditional": 1.0})]
+    for batch in [*batches, clips.draw(20, dice, story=True), clips.stills(20, dice)]:
+        assert [draw is not None for draw in batch.again] == told(batch)
+        for row, draw in enumerate(batch.again):
+            if draw is not None:
+                shapes.add(draw().shape)
+                again, clip = clips.latents(draw()[None])[0], batch.latents[row]
+                assert again.shape == clip.shape
+                assert not torch.equal(again, clip), "another place"
+    assert shapes == {(4, 3, 64, 64), (1, 3, 64, 64)}
+    for _ in range(10):  # a story's scenes come in their order
+        batch = clips.draw(4, dice, story=True)
+        for row, draw in enumerate(batch.again):
+            if draw is not None:
+                seen = [colours_in(frames) for frames in (draw()[:2], draw()[2:])]
+                coded = batch.prompts["encoder_hidden_states"][row].unflatten(0, (-1, 3))
+                for colour, caption in zip(seen, coded, strict=True):
+                    place = next(
+                        i for i, one in enumerate(clips.scripts.tokens) if torch.equal(one.float(), caption)
+                    )
+                    assert colour == {clips.scripts.scripts[place].movers[0].colour}
 
 
 def test_each_frame_of_a_story_hears_the_caption_of_its_scene(recipe: dict[str, Any]) -> None:

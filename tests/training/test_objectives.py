@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from training.objectives import FlowMatching, euler
+from training.objectives import FlowMatching, euler, stable_target
 
 
 def some(count: int, seed: int) -> Tensor:
@@ -57,6 +57,49 @@ def test_of_clips_only_generated_sites_are_noisy_and_count() -> None:
     torch.testing.assert_close(seen[0][1, ..., :2], (0.1 * clips + 0.9 * noise)[1, ..., :2])
     everywhere = FlowMatching().losses(wrong_where_given, clips, noise, times)
     assert everywhere[0] == pytest.approx((3 * 2500 + 4) / 4)
+
+
+def test_a_target_of_its_own_is_learnt_from_the_same_noisy_pictures() -> None:
+    pictures, noise, target = some(4, 0), some(4, 1), some(4, 2)
+    times = torch.tensor([0.1, 0.5, 0.9, 1.0])
+    seen: list[Tensor] = []
+
+    def to_target(noisy: Tensor, times: Tensor) -> Tensor:
+        seen.append(noisy)
+        return (noisy - target) / times.reshape(-1, 1, 1, 1)
+
+    assert FlowMatching().losses(to_target, pictures, noise, times, target=target).max() < 1e-9
+    assert FlowMatching().losses(to_target, pictures, noise, times).min() > 0.1
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_a_stable_target_is_the_posterior_mean_over_its_candidates() -> None:
+    candidates = torch.stack([torch.full((2, 3), value) for value in (-1.0, 0.5, 1.0)])
+    noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    for time in (0.3, 0.7, 0.95, 1.0):
+        noisy = (1 - time) * candidates[1] + time * noise
+        chances = [
+            math.exp(-sum((float(a) - (1 - time) * value) ** 2 for a in noisy.flatten()) / (2 * time**2))
+            for value in (-1.0, 0.5, 1.0)
+        ]
+        mean = (-chances[0] + 0.5 * chances[1] + chances[2]) / sum(chances)
+        torch.testing.assert_close(stable_target(noisy, time, candidates), torch.full((2, 3), mean))
+    torch.testing.assert_close(stable_target(noisy, 1.0, candidates), candidates.mean(0))
+    torch.testing.assert_close(stable_target(0.99 * candidates[1], 0.01, candidates), candidates[1])
+
+
+def test_on_average_a_stable_target_is_what_the_picture_itself_is() -> None:
+    candidates, dice = torch.tensor([[-1.0], [0.2], [1.0]]), torch.Generator().manual_seed(0)
+    plain, stable = [], []
+    for _ in range(6000):
+        source = int(torch.randint(3, (), generator=dice))
+        noisy = 0.4 * candidates[source] + 0.6 * torch.randn(1, generator=dice)
+        if 0.2 < float(noisy) < 0.6:  # given what the network sees
+            plain.append(candidates[source])
+            stable.append(stable_target(noisy, 0.6, candidates))
+    plain_mean, stable_mean = torch.stack(plain).mean(), torch.stack(stable).mean()
+    assert float(stable_mean) == pytest.approx(float(plain_mean), abs=0.06)
+    assert torch.stack(stable).std() < 0.3 * torch.stack(plain).std()
 
 
 def test_the_weight_is_held_below_the_floor_only() -> None:
