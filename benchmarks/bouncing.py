@@ -47,17 +47,22 @@ from training.objectives import Denoiser, FlowMatching, euler
 from training.optimizers import Master
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "time, then frame": {"width": 64, "mixer": "spacetime"},
-    "no attention over time": {"width": 72, "mixer": {"name": "spacetime", "temporal": False}},
-    "full attention": {"width": 72, "mixer": "full"},
+    "time, then frame": {"width": 64, "mixer": {"name": "spacetime", "qk_norm": True}},
+    "no attention over time": {
+        "width": 72,
+        "mixer": {"name": "spacetime", "temporal": False, "qk_norm": True},
+    },
+    "full attention": {"width": 72, "mixer": {"name": "full", "qk_norm": True}},
 }
 """Widths make their parameters alike: the first has more maps in a block."""
 SIZE = {
     "in_channels": 1, "patch_size": 4, "sample_size": SIDE, "frames": FRAMES, "depth": 3, "heads": 2,
-    "prediction_type": "sample", "clean_time": True,
+    "prediction_type": "sample", "clean_time": True, "position": "both",
 }  # fmt: skip
 OBJECTIVE, SHIFT = FlowMatching(mean=1.0, std=1.5, floor=0.4), 4.0
 MUON = {"name": "muon", "rate": 2e-3, "matrix_rate": 4e-3, "decay": 0.01, "ema": 0.998}
+BATCH = 8
+"""Clips a step: small, for more steps from as many clips."""
 GIVEN, EVERY, HIDDEN_GIVEN = 8, 4, 4
 TEST_SEED = 10**9
 """Of the clips that are judged; runs learn from clips of seeds from 0 on."""
@@ -67,7 +72,7 @@ TEST_SEED = 10**9
 
 
 @quick_backward(torch.device("cpu"), torch.bfloat16)
-def trained(variant: str, seed: int, samples: int, batch: int = 32) -> tuple[VDT, dict[str, float]]:
+def trained(variant: str, seed: int, samples: int, batch: int = BATCH) -> tuple[VDT, dict[str, float]]:
     """Return a variant trained on `samples` clips, in its averaged weights, and what that took."""
     torch.manual_seed(seed)
     network: Any = VDT(**SIZE, **VARIANTS[variant])
@@ -281,13 +286,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each variant")
-    parser.add_argument("--samples", type=int, default=32_000, help="clips that a training sees")
+    parser.add_argument("--samples", type=int, default=48_000, help="clips that a training sees")
     parser.add_argument("--count", type=int, default=96, help="clips that a figure is taken from")
     parser.add_argument("--out", type=Path, default=RESULTS / "bouncing.json")
     given = parser.parse_args()
     settings = {
-        "samples": given.samples, "count": given.count, "given": GIVEN, "every": EVERY, "variants": VARIANTS, "size": SIZE,
-        "objective": dataclasses.asdict(OBJECTIVE), "shift": SHIFT, "optimizer": MUON,
+        "samples": given.samples, "batch": BATCH, "count": given.count, "given": GIVEN, "every": EVERY, "variants": VARIANTS,
+        "size": SIZE, "objective": dataclasses.asdict(OBJECTIVE), "shift": SHIFT, "optimizer": MUON,
     }  # fmt: skip
     kept = json.loads(given.out.read_text()) if given.out.is_file() else {}
     runs: list[dict[str, Any]] = kept.get("runs", []) if kept.get("settings") == settings else []
