@@ -793,6 +793,28 @@ def test_who_has_not_come_in_yet_holds_nobody_up_and_keeps_what_was_asked_for(
     assert create._again(early, "")[create.parts["generate"]].interactive
 
 
+def test_the_count_of_tokens_follows_the_task_as_well_as_the_prompt(
+    jobs: Jobs, page_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import app_tokens
+
+    create, blocks = page_of(jobs)
+    counted = [one for one in blocks.fns.values() if create.parts["tokens"] in one.outputs]
+    changed = {(target, event) for one in counted for target, event in one.targets}
+    for name in ("prompt", "task"):
+        assert (create.inputs[name]._id, "change") in changed
+    told: list[bool] = []
+
+    def line(prompt: str, card: Card, *, story: bool) -> str:
+        told.append(story)
+        return ""
+
+    monkeypatch.setattr(app_tokens, "line", line)
+    for task in ("story", "clip"):
+        create._prompted("a | b", "toy", "", task)
+    assert told == [True, False]
+
+
 def test_a_tab_that_is_missing_is_left_out(jobs: Jobs) -> None:
     from app_page import Page
 
