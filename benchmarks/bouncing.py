@@ -287,7 +287,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each variant")
-    parser.add_argument("--samples", type=int, default=48_000, help="clips that a training sees")
+    parser.add_argument("--samples", type=int, default=32_000, help="clips that a training sees")
     parser.add_argument("--count", type=int, default=96, help="clips that a figure is taken from")
     parser.add_argument("--out", type=Path, default=RESULTS / "bouncing.json")
     given = parser.parse_args()
