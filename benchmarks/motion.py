@@ -50,10 +50,10 @@ def load(model: Path, transformer: Path | None = None) -> Any:
     return pipeline
 
 
-def world_of(model: Path) -> str:
-    """Return the world that a shipped model has learnt, as its card tells."""
-    card = json.loads((model / "card.json").read_text(encoding="utf-8"))
-    return str(card.get("world", "full"))
+def card_of(model: Path) -> dict[str, Any]:
+    """Return the card of a shipped model: the world it has learnt, its steps and its guidance."""
+    card: dict[str, Any] = json.loads((model / "card.json").read_text(encoding="utf-8"))
+    return {"world": "full"} | card
 
 
 def judged(maker: Maker, count: int, sheets: Path | None = None, world: str = "full") -> dict[str, Any]:
@@ -170,25 +170,26 @@ def main() -> None:
         help="another transformer, by its folder",
     )
     parser.add_argument("--count", type=int, default=64, help="clips of a task")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, help="as the model's card says, unless given")
+    parser.add_argument("--guidance", type=float, help="as the model's card says, unless given")
     parser.add_argument("--out", type=Path, default=RESULTS / "motion.json")
     parser.add_argument("--sheets", type=Path, default=RESULTS / "motion")
     given = parser.parse_args()
     given.sheets.mkdir(parents=True, exist_ok=True)
+    card = card_of(given.model)
     settings = {
         "count": given.count,
-        "steps": given.steps,
-        "guidance": given.guidance,
+        "steps": card["steps"] if given.steps is None else given.steps,
+        "guidance": card["guidance"] if given.guidance is None else given.guidance,
         "given": GIVEN,
         "scene_frames": SCENE,
-        "world": world_of(given.model),
+        "world": card["world"],
     }
     result: dict[str, Any] = record() | {"settings": settings, "models": {}}
     others = dict(one.partition("=")[::2] for one in given.also)
     for name, folder in {"motion": None, **others}.items():
         pipeline = load(given.model, None if folder is None else Path(folder))
-        maker = Maker(pipeline, given.steps, given.guidance)
+        maker = Maker(pipeline, settings["steps"], settings["guidance"])
         figures = judged(maker, given.count, given.sheets if folder is None else None, settings["world"])
         size = {
             "parameters": sum(one.numel() for one in pipeline.transformer.parameters()),

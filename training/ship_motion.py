@@ -48,7 +48,7 @@ def card(recipe: dict[str, Any], name: str) -> dict[str, Any]:
         "scene_frames": data["scene_frames"],
         "fps": 8,
         "steps": 24,
-        "guidance": 3.0,
+        "guidance": recipe["sampling"].get("guidance", 3.0),
         "examples": EXAMPLES,
         "limits": LIMITS[data.get("world", "full")]
         + " What is not on the list comes out as its nearest kin.",
