@@ -10,6 +10,7 @@ Differs: the truth of every frame comes along (place, size, visible share), so w
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 45, 45), "orange": (245, 145, 30), "yellow": (245, 225, 70), "green": (50, 165, 80),
     "blue": (50, 100, 225), "purple": (150, 70, 190),
 }  # fmt: skip
+UNNAMED: dict[str, tuple[int, int, int]] = {
+    "unnamed pink": (245, 140, 185), "unnamed cyan": (80, 205, 215), "unnamed brown": (125, 80, 45), "unnamed lime": (165, 220, 95),
+    "unnamed navy": (35, 45, 120), "unnamed salmon": (235, 125, 100),
+}  # fmt: skip
+"""Colours that no caption names: what is learnt of shapes with them holds for any colour."""
 SHAPES: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "ball", "disc"), "square": ("square", "box", "block"), "triangle": ("triangle",),
     "cross": ("cross", "plus sign"),
@@ -77,7 +83,9 @@ WORLDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mover:
-    """One thing: "motion" is one of `DIRECTIONS`, "still" or "fall"; `bounces` where it turns back at the frame's edge."""
+    """One thing, its colour one of `COLOURS` or `UNNAMED`: "motion" is one of `DIRECTIONS`, "still" or "fall"; `bounces` where it
+    turns back at the frame's edge.
+    """
 
     colour: str
     shape: str
@@ -120,9 +128,18 @@ class Clip:
 
 
 def write_script(
-    dice: np.random.Generator, *, held_out: bool = False, single: bool = False, world: str = "full"
+    dice: np.random.Generator,
+    *,
+    held_out: bool = False,
+    single: bool = False,
+    world: str = "full",
+    unnamed: float = 0.0,
 ) -> Script:
-    """Draw a script; all things in it are learnt pairs, or with `held_out` the first is a held-out one. `single`: one thing."""
+    """Draw a script; all things in it are learnt pairs, or with `held_out` the first is a held-out one.
+
+    Args:
+        single: one thing. world: one of `WORLDS`. unnamed: share of things whose colour no caption names, with any shape.
+    """
     rules = WORLDS[world]
     kind = str(dice.choice(list(rules.kinds), p=list(rules.kinds.values())))
     alone = single or kind in ("wall", "camera")
@@ -133,6 +150,14 @@ def write_script(
         learnt = [shape for shape in SHAPES if ((colour, shape) in HELD_OUT) == (held_out and place == 0)]
         movers.append(_mover(dice, colour, str(dice.choice(learnt)), kind if place == 0 else "plain", rules))
     camera = str(dice.choice(CAMERAS[1:])) if kind == "camera" else "fixed"
+    if unnamed:  # no chance is drawn without: scenes of a seed stay what they are
+        inks = map(str, dice.permutation(list(UNNAMED)))
+        movers = [
+            dataclasses.replace(one, colour=next(inks), shape=str(dice.choice(list(SHAPES))))
+            if dice.random() < unnamed
+            else one
+            for one in movers
+        ]
     return Script(movers=tuple(movers), camera=camera, wall=kind == "wall", world=world)
 
 
@@ -185,7 +210,8 @@ def write_caption(script: Script, dice: np.random.Generator) -> str:
 
 
 def _clause(mover: Mover, script: Script, dice: np.random.Generator) -> str:
-    words = [_one(dice, _SIZES[mover.size]), mover.colour, _one(dice, SHAPES[mover.shape])]
+    colour = mover.colour if mover.colour in COLOURS else ""
+    words = [_one(dice, _SIZES[mover.size]), colour, _one(dice, SHAPES[mover.shape])]
     noun = " ".join(filter(None, words))
     noun = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
     if mover.motion == "still":
@@ -338,7 +364,7 @@ def _drawn(
     layers = []
     for place, mover in enumerate(script.movers):
         part = coverage(mover.shape, centres[:, place], radii[:, place])
-        layers.append((part, COLOURS[mover.colour]))
+        layers.append((part, (COLOURS | UNNAMED)[mover.colour]))
     if wall is not None:
         part = np.clip(0.5 - (np.abs(_AT - wall[0]) - wall[1]), 0, 1)
         layers.append((np.broadcast_to(part, (frames, SIDE, SIDE)), WALL))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from training.clips import (
     HELD_OUT,
     SHAPES,
     SIDE,
+    UNNAMED,
     Mover,
     Script,
     coverage,
@@ -67,6 +69,41 @@ def test_held_out_pairs_are_never_learnt_and_cover_every_colour() -> None:
     held = {write_script(dice(seed), held_out=True).movers[0] for seed in range(200)}
     assert {(one.colour, one.shape) for one in held} == set(HELD_OUT)
     assert {colour for colour, _ in HELD_OUT} == set(COLOURS)
+
+
+def test_colours_without_a_name_come_with_every_shape_and_no_caption_tells_them() -> None:
+    drawn = [(write_script(dice(seed), unnamed=0.5), dice(seed)) for seed in range(400)]
+    things = [one for script, _ in drawn for one in script.movers]
+    nameless = [one for one in things if one.colour in UNNAMED]
+    assert 0.4 < len(nameless) / len(things) < 0.6
+    assert {(one.colour, one.shape) for one in nameless} == {(a, b) for a in UNNAMED for b in SHAPES}
+    assert not {(one.colour, one.shape) for one in things} & set(HELD_OUT)
+    for script, chance in drawn[:100]:
+        said = write_caption(script, chance)
+        named = {one.colour for one in script.movers} - set(UNNAMED)
+        assert {colour for colour in COLOURS if re.search(rf"\b{colour}\b", said)} == named
+        assert "unnamed" not in said
+        assert "  " not in said
+    plain = write_script(dice(3))
+    assert plain == write_script(dice(3), unnamed=0.0), "scenes of a seed stay what they are"
+    ink = UNNAMED["unnamed cyan"]
+    script = Script(movers=(Mover(colour="unnamed cyan", shape="square", size="large"),))
+    frame = film(script, dice(0), frames=2).frames[0]
+    assert (frame == np.asarray(ink, np.uint8)[:, None, None]).all(0).sum() > 100
+    assert colours_in(film(script, dice(0), frames=2).frames) == set(), "near to no colour that has a name"
+
+
+def test_the_recipe_says_how_many_things_have_no_colour_that_is_named(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    counts = []
+    for share in (0.0, 1.0):
+        recipe["data"]["unnamed"] = share
+        trainer = begun(recipe, tmp_path / str(share))
+        for clips in (trainer.clips, trainer.held_clips):
+            colours = {one.colour for script in clips.scripts.scripts for one in script.movers}
+            counts.append(len(colours & set(UNNAMED)))
+    assert counts == [0, 0, len(UNNAMED), 0], "what is held out has names"
 
 
 def test_a_caption_names_what_is_shown_and_only_that() -> None:
