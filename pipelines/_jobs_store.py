@@ -12,6 +12,7 @@ import errno
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,10 +136,21 @@ class Store:
             self._check_kind(connection)
         finally:
             connection.execute("COMMIT")
-        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        if mode != "wal":
+        if self._write_ahead(connection) != "wal":
             raise LedgerError(self.path, "lies on a disk without shared memory; put it on a local disk")
         connection.execute("PRAGMA synchronous = FULL")
+
+    def _write_ahead(self, connection: sqlite3.Connection) -> str:
+        """Ask for a write-ahead log, and return the mode that the file then has."""
+        last = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+            except sqlite3.OperationalError as error:
+                # SQLite itself does not wait here: of several that open a new file, one changes its mode and others are told so
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > last:
+                    raise
+                time.sleep(0.005)
 
     def _check_kind(self, connection: sqlite3.Connection) -> None:
         application = connection.execute("PRAGMA application_id").fetchone()[0]

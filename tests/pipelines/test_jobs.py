@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from pipelines import _jobs_store
+from pipelines._jobs_store import Store
 from pipelines.jobs import STATES, Item, Job, Ledger, LedgerError, default_ledger
 from pipelines.request import RequestError
 
@@ -358,6 +360,54 @@ while (job := ledger.lease(sys.argv[2])) is not None:
     assert ledger.done(job, [], {})
 print("\\n".join(out))
 """
+
+
+def test_many_may_open_a_new_ledger_at_once(tmp_path: Path) -> None:
+    errors: list[Exception] = []
+
+    def opened(path: Path, gate: threading.Barrier) -> None:
+        gate.wait()
+        try:
+            Ledger(path).close()
+        except LedgerError as error:
+            errors.append(error)
+
+    for place in range(20):
+        gate = threading.Barrier(8)
+        told = (tmp_path / str(place) / "jobs.sqlite", gate)
+        threads = [threading.Thread(target=opened, args=told) for _ in range(8)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+    assert not errors
+
+
+def test_the_mode_of_a_new_ledger_is_waited_for_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "other.sqlite")
+    file = tmp_path / "new.sqlite"
+    reader, writer = (sqlite3.connect(file, timeout=0, isolation_level=None) for _ in range(2))
+    writer.execute("CREATE TABLE some (one)")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM some").fetchall()
+    monkeypatch.setattr(_jobs_store, "PATIENCE", 0.1)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        store._write_ahead(writer)
+    monkeypatch.setattr(_jobs_store, "PATIENCE", 60.0)
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            reader.execute("COMMIT")
+
+    monkeypatch.setattr(_jobs_store.time, "sleep", wait)
+    assert store._write_ahead(writer) == "wal"
+    assert len(waits) == 3
+    for one in (reader, writer, store):
+        one.close()
 
 
 def test_several_processes_get_every_item_exactly_once(tmp_path: Path) -> None:
