@@ -92,7 +92,7 @@ def trained(variant: str, seed: int, samples: int, batch: int = BATCH) -> tuple[
         master.step(min(1.0, (step + 1) / 50) * max(0.02, 1 - max(tail, 0.0) ** 0.5), 1.0)
         loss += (float(error.detach()) - loss) / min(step + 1, 100)
     learnt = VDT(**SIZE, **VARIANTS[variant])  # not compiled: it is asked for clips of many counts
-    learnt.load_state_dict(network.to(torch.float32).state_dict() | master.averaged())
+    learnt.load_state_dict(master.averaged())
     took = {"samples": steps * batch, "steps": steps, "seconds": time.perf_counter() - began, "loss": loss}
     return learnt.eval(), took
 

@@ -10,9 +10,8 @@ Differs: the truth of every frame comes along (place, size, visible share), so w
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,7 +152,7 @@ def write_script(
     if unnamed:  # no chance is drawn without: scenes of a seed stay what they are
         inks = map(str, dice.permutation(list(UNNAMED)))
         movers = [
-            dataclasses.replace(one, colour=next(inks), shape=str(dice.choice(list(SHAPES))))
+            replace(one, colour=next(inks), shape=str(dice.choice(list(SHAPES))))
             if dice.random() < unnamed
             else one
             for one in movers

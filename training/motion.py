@@ -146,8 +146,9 @@ class Clips:
         return Batch(latents, self._heard(heard), torch.ones_like(latents[:, 0]), index, again)
 
     def _dropped(self, which: Tensor, dice: torch.Generator) -> Tensor:
-        """Return the places of the captions that are heard: those of scripts [B], 0 where dropped."""
-        return torch.where(torch.rand(len(which), generator=dice) < self.data["drop"], 0, which)
+        """Return the places of the captions that are heard: those of scripts [B] or stories [B, S], 0 where dropped."""
+        chance = torch.rand(len(which), *[1] * (which.dim() - 1), generator=dice)
+        return torch.where(chance < self.data["drop"], 0, which)
 
     def _again(
         self, places: list[int], drawn: np.random.Generator, frames: int, still: int | None = None
@@ -183,7 +184,7 @@ class Clips:
         given = torch.randint(scenes, (count,), generator=dice) * (torch.rand(count, generator=dice) < 0.5)
         for row, known in enumerate(given.tolist()):  # a story may be told on
             mask[row, : known * frames] = 0
-        which = torch.where(torch.rand(count, 1, generator=dice) < self.data["drop"], 0, which)
+        which = self._dropped(which, dice)
         again = [
             self._again(row.tolist(), drawn, frames) if bool(row.all()) and not known else None
             for row, known in zip(which, given.tolist(), strict=True)

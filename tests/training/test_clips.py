@@ -414,8 +414,9 @@ def test_scenes_are_drawn_anew_only_where_the_network_is_told_the_caption_and_no
 
     def told(batch: motion.Batch) -> list[bool]:
         heard = batch.prompts["encoder_hidden_states"].unflatten(1, (-1, 3))  # [B, captions, L, D]
-        words = [not any(torch.equal(one, empty) for one in row) for row in heard]
-        return [said and bool(mask.all()) for said, mask in zip(words, batch.mask, strict=True)]
+        empties = [[torch.equal(one, empty) for one in row] for row in heard]
+        assert all(len(set(row)) == 1 for row in empties), "a story loses all its captions or none"
+        return [not row[0] and bool(mask.all()) for row, mask in zip(empties, batch.mask, strict=True)]
 
     shapes = set()
     batches = [clips.draw(20, dice), clips.draw(20, dice, tasks={"unconditional": 1.0})]
