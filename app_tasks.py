@@ -10,14 +10,13 @@ from typing import Any
 
 from pipelines import catalog
 from pipelines.catalog import Card
+from pipelines.families import FROM_PICTURE, Face, turned
 from pipelines.request import Request, RequestError
 
 OWN_PICTURES = "TextToImagePipeline"
 OWN_CLIPS = "TextToVideoPipeline"
 NO_MODEL = "no model yet"
 """Name of the card that stands where there is no model."""
-_TURNED = {"first": ("Wan", "LTX", "HunyuanVideo", "CogVideoX"), "ends": ("Wan", "LTX")}
-"""Families of foreign video models that go on from a first picture, or between two."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,9 +132,25 @@ def _clip_reason(task: str, card: Card, name: str) -> str:
         return ""
     if pipeline == "StoryToVideoPipeline":
         return f"{name} tells a story by captions, without pictures"
-    families = _TURNED["first" if task == "animate" else "ends"]
     given = "a first picture" if task == "animate" else "a first and a last picture"
-    return "" if pipeline.startswith(families) else f"{pipeline or name} is not known to start from {given}"
+    asked = Request(prompt="-", image="-", last_image=None if task == "animate" else "-")
+    try:
+        face = _face(card.name)
+        if face is not None and turned(face, asked) != FROM_PICTURE:
+            return ""
+    except RequestError as error:
+        return f"{name}: {error.allowed.removeprefix('left out: ')}"
+    return f"{pipeline or name} is not known to start from {given}"
+
+
+@functools.cache
+def _face(model: str) -> Face | None:
+    """Return what is known of a family's model on this computer."""
+    try:
+        folder = catalog.find(model).folder
+    except RequestError:
+        return None
+    return None if folder is None else Face.in_folder(folder)
 
 
 @functools.cache

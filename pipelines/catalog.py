@@ -268,7 +268,7 @@ def card_of(folder: Path, name: str) -> Card:
     """Return the card of a model folder; what no card.json says is read from the configs of its parts."""
     index = read_index(folder)
     known = _derived(folder, index)
-    known |= _config(folder / "card.json")
+    known |= read_config(folder / "card.json")
     fields = {one.name: one for one in dataclasses.fields(Card) if one.name not in ("more", "name")}
     values = {key: value for key, value in known.items() if key in fields and value is not None}
     return Card(name=name, more={k: v for k, v in known.items() if k not in fields}, **values)
@@ -347,7 +347,7 @@ def _without_bars() -> Iterator[None]:
 
 def _derived(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     name = index["_class_name"]
-    transformer = _config(folder / "transformer" / "config.json") or _config(folder / "unet" / "config.json")
+    transformer = read_config(folder / "transformer" / "config.json") or read_config(folder / "unet" / "config.json")
     factor = _codec_factor(folder)
     patch = transformer.get("patch_size") or 1
     multiple = factor * int(patch[-1] if isinstance(patch, list) else patch)
@@ -366,18 +366,25 @@ def _derived(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     if name == "TextToVideoPipeline":  # as the pipeline's own property says
         hears = transformer.get("context_dim") and not transformer.get("pooled_dim")
         found["tells_scenes"] = bool(hears) and transformer.get("conditioning", "replace") == "replace"
-    side = transformer.get("sample_size")
-    if isinstance(side, int) and name in OWN:
-        found |= {"width": side * factor, "height": side * factor}
+    if name == "StoryToVideoPipeline" and "frames" in found:  # as the pipeline counts them
+        ratio = read_config(folder / "vae" / "config.json").get("temporal_compression_ratio") or 1
+        found["scenes"] = transformer.get("scenes", 1)
+        found["scene_frames"] = (transformer["frames"] - 1) * ratio + 1
+    for field in ("width", "height") if name in OWN else ():
+        side = transformer.get(f"sample_{field}", transformer.get("sample_size"))
+        if isinstance(side, int):
+            found[field] = side * factor
     return found
 
 
 def _codec_factor(folder: Path) -> int:
     for part in ("vae", "codec", "vqvae"):
-        config = _config(folder / part / "config.json")
+        config = read_config(folder / part / "config.json")
         for key in ("scale_factor_spatial", "spatial_compression_ratio", "scale_factor"):
             if isinstance(config.get(key), int):
                 return int(config[key])
+        if isinstance(config.get("spatio_temporal_scaling"), list):  # LTX-Video
+            return int(config.get("patch_size") or 1) * 2 ** sum(map(bool, config["spatio_temporal_scaling"]))
         for key in ("encoder_block_out_channels", "block_out_channels", "dim_mult"):
             if isinstance(config.get(key), list):
                 return 2 ** (len(config[key]) - 1)
@@ -392,7 +399,8 @@ def _stored_dtype(folder: Path) -> str:
     return "bfloat16" if torch is not None and torch.cuda.is_available() else "float32"
 
 
-def _config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; nothing where there is none, or no object in it."""
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError):

@@ -65,7 +65,11 @@ def check_clip(request: Request, card: Card) -> None:
         raise RequestError("scene_frames", request.scene_frames, f"left out: {card.name} tells no stories")
     if card.pipeline == "TextToVideoPipeline":
         _check_own(request)
-    if not story:
+    elif not story:
+        check_foreign(request, card.pipeline)
+    if story:
+        _check_story(request)
+    else:
         check_lengths(request, card)
 
 
@@ -78,6 +82,8 @@ def check_lengths(request: Request, card: Card, came: int | None = None) -> None
         return
     parts = _parts(request, bool(card.more.get("tells_scenes")))
     frames = frames_of(request, card, came)
+    if frames is not None and frames > LONGEST:
+        raise RequestError("prompts", f"{frames} frames", f"for at most {LONGEST} frames together")
     if parts is not None and frames is not None:
         spread(parts, frames)
     if request.window is not None and frames is not None and request.window > frames:
@@ -90,6 +96,9 @@ def frames_of(request: Request, card: Card, came: int | None = None) -> int | No
     Raises: RequestError, see `_lengths`.
     """
     scenes = bool(card.more.get("tells_scenes"))
+    if card.pipeline == "StoryToVideoPipeline":
+        told = story_lengths(request, _scene_of(card))
+        return None if told is None else sum(told)
     parts = _parts(request, scenes)
     lengths = _lengths(request, card, parts) if scenes else None
     if lengths is not None:
@@ -103,10 +112,19 @@ def frames_of(request: Request, card: Card, came: int | None = None) -> int | No
 
 def made_at_once(request: Request, card: Card, frames: int) -> int:
     """Return how many of the frames of a clip one evaluation of the network sees."""
+    if card.pipeline == "StoryToVideoPipeline":
+        lengths = story_lengths(request, _scene_of(card)) or [frames]
+        view = request.window or card.more.get("scenes") or len(lengths)
+        return max(sum(lengths[first : first + view]) for first in range(max(1, len(lengths) - view + 1)))
     trained = card.more.get("frames") or frames
     parts = _parts(request, True) if card.more.get("tells_scenes") else None
     longest = _longest(card, trained) if parts is not None and len(parts) > 1 else trained
     return min(frames, request.window or longest)
+
+
+def _scene_of(card: Card) -> int | None:
+    own = card.more.get("scene_frames")
+    return own if isinstance(own, int) else None
 
 
 def _keeps_length(request: Request) -> bool:
@@ -125,6 +143,33 @@ def captions_of(request: Request) -> str:
         return text_of(parts)
     ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
     return text_of([Part(one.text, end - length, end) for one, length, end in zip(parts, lengths, ends, strict=True)])
+
+
+def check_foreign(request: Request, name: str) -> None:
+    """Check what a pipeline of diffusers is told beside one prompt. Raises: RequestError."""
+    _refuse(request, _OURS, f"{name or request.model} has no such thing")
+    parts = () if request.prompts is None else read_prompts(request.prompts)
+    if len(parts) > 1:
+        words = f"one: {name or request.model} hears one prompt for the whole clip"
+        raise RequestError("prompts", f"{len(parts)} parts", words)
+
+
+def _check_story(request: Request) -> None:
+    """Check how long a story is, where the request says it. Raises: RequestError."""
+    lengths = story_lengths(request)
+    if lengths is not None and sum(lengths) > LONGEST:
+        field = "prompts" if request.scene_frames is None else "scene_frames"
+        raise RequestError(field, getattr(request, field), f"for at most {LONGEST} frames together")
+
+
+def story_lengths(request: Request, own: int | None = None) -> list[int] | None:
+    """Return the frames of each scene of a story; `own` are those of a scene where the request says nothing."""
+    parts = _captions(request)
+    frames = request.frames or length_of(parts)
+    if frames is not None:
+        return [end - start for start, end, _ in spread(parts, frames)]
+    lengths = _numbers(request, "scene_frames") or ([own] if own else None)
+    return lengths * len(parts) if lengths is not None and len(lengths) == 1 else lengths
 
 
 def _check_own(request: Request) -> None:
@@ -348,15 +393,10 @@ def _foreign(pipeline: Any, request: Request, card: Card, inputs: Inputs) -> dic
     from pipelines.calls import default_of, takes
 
     name = type(pipeline).__name__
-    _refuse(request, _OURS, f"{name} has no such thing")
+    check_foreign(request, name)
     found: dict[str, Any] = {}
     if request.prompts is not None:
-        parts = read_prompts(request.prompts)
-        if len(parts) > 1:
-            raise RequestError(
-                "prompts", f"{len(parts)} parts", f"one: {name} hears one prompt for the whole clip"
-            )
-        found["prompt"] = parts[0].text
+        found["prompt"] = read_prompts(request.prompts)[0].text
     frames = request.frames or default_of(pipeline, "num_frames")
     if request.frames is not None and takes(pipeline, "num_frames"):
         frames = found["num_frames"] = legal_frames(pipeline, request.frames)

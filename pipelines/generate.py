@@ -20,7 +20,7 @@ from pipelines.catalog import Card, Loaded
 from pipelines.clip_calls import check_clip, check_lengths
 from pipelines.clip_memory import check_memory
 from pipelines.decoding import tiled
-from pipelines.families import fps_of, variant
+from pipelines.families import check_family, fps_of, variant
 from pipelines.inputs import Inputs, read_inputs
 from pipelines.ladder import Rung, climbing
 from pipelines.networks import accelerated_networks, check_accelerators, reported
@@ -81,9 +81,10 @@ def generate(
     tuned, named = profile.find(request), request.profile
     if tuned is not None:
         profile.check(tuned, request, card)
+    check_family(request, card, folder)
     inputs = controls.steered(request, card, folder, read_inputs(request, card))
     check_lengths(request, card, len(inputs.clip))
-    check_memory(request, card, folder, len(inputs.clip))
+    check_memory(request, card, folder, inputs)
     start = time.perf_counter()
     loaded = catalog.load_folder(folder, card, request.dtype, request.device)
     loading = time.perf_counter() - start

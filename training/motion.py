@@ -303,8 +303,12 @@ class MotionTrainer(Trainer):
         return result
 
     @torch.no_grad()
-    def _sheet(self, scale: float = 3.0, steps: int = 20) -> Image.Image:
-        """Return held-out captions made, and held-out clips going on from their first frames: every second frame."""
+    def _sheet(self, scale: float | None = None, steps: int = 20) -> Image.Image:
+        """Return held-out captions made, and held-out clips going on from their first frames: every second frame.
+
+        `scale`: of guidance, the recipe's unless given.
+        """
+        scale = self.recipe["sampling"].get("guidance", 3.0) if scale is None else scale
         dice = torch.Generator().manual_seed(2)
         rows = []
         for task in ("unconditional", "predict"):

@@ -122,6 +122,16 @@ def test_blending_keeps_keyframes_and_mixes_between() -> None:
     assert np.abs(found[:, 2] - middle).max() <= 0.5
 
 
+def test_a_clip_in_which_nothing_moves_does_not_judge_interpolation() -> None:
+    clips = [filmed(motion="right"), filmed(motion="still")]
+    figures, _ = tasks.interpolated(Maker(_Perfect()), clips, ["", ""], 0)
+    alone, _ = tasks.interpolated(Maker(_Perfect()), clips[:1], [""], 0)
+    still, _ = tasks.interpolated(Maker(_Perfect()), clips[1:], [""], 0)
+    assert figures["blending"]["psnr_db_moving"] == alone["blending"]["psnr_db"] == alone["blending"]["psnr_db_moving"]
+    assert figures["blending"]["psnr_db"] > figures["blending"]["psnr_db_moving"] + 6
+    assert (figures["moving"], still["moving"], still["model"]["psnr_db_moving"]) == (1, 0, None)
+
+
 def test_a_hidden_thing_must_come_out_where_it_belongs() -> None:
     clips, _ = drawn(4, 0, kind="wall")
     for clip in clips:

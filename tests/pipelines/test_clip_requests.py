@@ -369,6 +369,36 @@ def test_too_long_a_clip_is_refused_with_numbers(clips: str, monkeypatch: pytest
     assert many.network == few.network, "windows of 4 frames, however many"
 
 
+def test_too_long_a_story_is_refused_with_numbers(
+    clips: str, stories: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, card = catalog.prepare(catalog.find(stories))
+    plain = Request(model=stories, prompts="a | b | c")
+    found = {
+        name: clip_memory.estimate(asked, card, Path(stories))
+        for name, asked in {
+            "plain": plain, "long": plain.replace(scene_frames="20"), "many": plain.replace(prompts="a | b | c | d | e | f"),
+            "one": plain.replace(window=1),
+        }.items()
+    }  # fmt: skip
+    frames = {name: one.frames for name, one in found.items() if one is not None}
+    network = {name: one.network for name, one in found.items() if one is not None}
+    assert (frames["long"], frames["many"]) == (10 * frames["plain"], 2 * frames["plain"])
+    view = card.more["scenes"]
+    assert network["plain"] == network["many"] == view * network["one"], "as many scenes as are seen at once"
+    for asked in (
+        plain.replace(scene_frames="400"),
+        plain.replace(prompts="0-600: a | 600-1200: b"),
+        Request(model=clips, prompts="0-600: a | 600-1200: b"),
+    ):
+        with pytest.raises(RequestError, match="for at most 1000 frames together"):
+            generate(asked)
+    monkeypatch.setattr(clip_memory, "memory_of", lambda _: (1, "this computer"))
+    with pytest.raises(RequestError, match=r"an estimated .*; got 60$"):
+        generate(plain.replace(scene_frames="20", device="cpu"))
+    assert not catalog._loaded
+
+
 # Stories
 
 

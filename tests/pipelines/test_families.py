@@ -12,8 +12,12 @@ import torch
 import transformers
 from PIL import Image
 
-from pipelines import catalog
+import app_tasks
+from pipelines import catalog, clip_memory
+from pipelines.clip_memory import Estimate, estimate
+from pipelines.families import Face
 from pipelines.generate import generate
+from pipelines.inputs import read_inputs
 from pipelines.repro import repro
 from pipelines.request import Request, RequestError
 
@@ -211,6 +215,8 @@ def test_a_given_clip_is_gone_on_from_or_made_over(model: Any, pictures: Path) -
     ("name", "more", "field", "words"),
     [
         ("wan", {"image": "0.png"}, "image", "cannot start from a picture"),
+        ("hunyuan", {"image": "0.png"}, "image", "cannot start from a picture"),
+        ("cogvideox", {"image": "0.png"}, "image", "cannot start from a picture"),
         ("wan", {"last_image": "0.png"}, "last_image", "takes no last picture"),
         ("hunyuan", {"clip": "."}, "clip", "cannot start from a clip"),
         ("cogvideox", {"last_image": "0.png"}, "last_image", "takes no last picture"),
@@ -228,6 +234,67 @@ def test_what_a_family_cannot_do_is_refused_in_words(
         key: str(pictures / value) if key in ("image", "last_image", "clip") else value
         for key, value in more.items()
     }
+    catalog.unload()
     with pytest.raises(RequestError, match=words) as caught:
         generate(Request(**({"prompt": "a cat", "model": model(name)} | SIZE | paths)))
     assert caught.value.field == field
+    assert not catalog._loaded or words == "fewer than the 9", "nothing loads"
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-i2v", "hunyuan", "cogvideox", "ltx", "old-ltx"])
+def test_a_folder_tells_of_a_family_what_the_loaded_pipeline_does(name: str, model: Any) -> None:
+    told = Face.in_folder(Path(model(name)))
+    assert told == Face.of(catalog.load(model(name)).pipeline)
+    assert told is not None
+    assert (told.hears_pictures, told.shifts) == (name == "wan-i2v", name == "old-ltx")
+
+
+@pytest.mark.parametrize(
+    ("name", "can"),
+    [
+        ("wan", {"clip"}), ("wan-i2v", {"animate", "between"}), ("hunyuan", {"clip"}), ("cogvideox", {"clip"}),
+        ("ltx", {"clip", "animate", "between"}), ("old-ltx", {"clip", "animate"}),
+    ],
+)  # fmt: skip
+def test_the_page_offers_what_a_family_can_do(name: str, can: set[str], model: Any, pictures: Path) -> None:
+    _, card = catalog.prepare(catalog.find(model(name)))
+    reasons = app_tasks.possible(card)
+    assert {task for task, reason in reasons.items() if not reason} == can
+    for task, more in {"animate": {"image"}, "between": {"image", "last_image"}}.items():
+        paths = {key: str(pictures / "0.png") for key in more}
+        asked = Request(**({"prompt": "a cat", "model": model(name)} | SIZE | {"steps": 1} | paths))
+        if task in can:
+            assert generate(asked).clips
+        else:
+            with pytest.raises(RequestError):
+                generate(asked)
+
+
+def test_too_long_a_clip_of_a_family_is_refused_before_it_loads(
+    model: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(name: str, **more: Any) -> Estimate:
+        folder = Path(model(name))
+        _, card = catalog.prepare(catalog.find(str(folder)))
+        asked = Request(prompt="a", model=str(folder), **more)
+        found = estimate(asked, card, folder, read_inputs(asked, card))
+        assert found is not None
+        return found
+
+    own = {"wan": (81, 480, 832), "hunyuan": (129, 720, 1280), "ltx": (161, 512, 704), "cogvideox": (9, 32, 32)}
+    for name, (frames, high, wide) in own.items():  # what the pipelines make where nothing is said
+        assert told(name).frames == frames * high * wide * 36, name
+        assert told(name) == told(name, frames=frames, height=high, width=wide), name
+        assert told(name, tiling=True).decoder == 0 < told(name).decoder, name
+    first, clip = {"image": str(pictures / "0.png")}, {"clip": str(pictures)}
+    assert told("ltx", **first).frames == 161 * 32 * 32 * 36, "the size of the first frame"
+    assert told("wan", **clip, width=32, height=32).frames == 9 * 32 * 32 * 36, "made over: as many frames"
+    few, many = told("ltx", frames=9, width=64, height=64), told("ltx", frames=17, width=64, height=64)
+    assert many.network * 3 == few.network * 5, "4 frames a latent one: (9 - 1) / 4 + 1 against (17 - 1) / 4 + 1"
+    catalog.unload()
+    monkeypatch.setattr(clip_memory, "memory_of", lambda _: (40_000_000, "this computer"))
+    for name in own:
+        with pytest.raises(RequestError, match=r"an estimated .* GB .* this computer has 40\.0 MB") as caught:
+            generate(Request(prompt="a", model=model(name), frames=1000, width=256, height=256, device="cpu"))
+        assert caught.value.field == "frames"
+    assert not catalog._loaded
