@@ -4,7 +4,7 @@ A pipeline is taken hold of where it decodes, so every one that decodes its late
 `decode_latents`, diffusers' by their autoencoder. To decode what was kept, the same pipeline runs once more with a scheduler that
 has no steps, and the kept latents take the place of its noise: sizes, cropping and all behind the decoder stay its own.
 
-Differs: a pipeline that decodes in several calls (stories) is left alone, and then a failed decode costs its denoising.
+Differs: a pipeline that decodes in several calls is left alone, and then a failed decode costs its denoising.
 """
 
 from __future__ import annotations

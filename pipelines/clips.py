@@ -6,6 +6,7 @@ Differs: what is given is put back as it came, pixel by pixel, so it leaves exac
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from dit.clip_masks import TASKS, task_mask
 from pipelines.request import RequestError
+
+ROUNDED = 1e-3
+"""How far a pixel may lie outside of 0..1: what filters and half precision leave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +81,10 @@ class Task:
             return RequestError(
                 "keyframes", ",".join(map(str, self.keyframes)), f"frames of the clip ({words})"
             )
-        return RequestError("task", name, words)
+        return RequestError("task", name, words.removeprefix("task is ").partition(", got ")[0])
 
     def _own(self, frames: int, height: int, width: int, shown: int | None) -> Tensor:
-        mask = torch.as_tensor(
-            np.asarray(self.mask) if not isinstance(self.mask, Tensor) else self.mask
-        ).float()
+        mask = numbers_of("mask", self.mask, f"numbers, of shape {(frames,)} or {(frames, height, width)}")
         if self.name is not None:
             raise RequestError("mask", tuple(mask.shape), f"left out where a task is named ({self.name})")
         if mask.shape == (frames,):
@@ -118,15 +120,38 @@ def tensor_of(video: Any, height: int, width: int, channels: int) -> Tensor:
         if len({len(clip) for clip in clips}) > 1:
             raise RequestError("video", [len(clip) for clip in clips], "clips of equal counts of frames")
         video = np.stack([np.stack([_array(one, height, width, channels) for one in clip]) for clip in clips])
-    found = torch.as_tensor(video)
-    if isinstance(video, np.ndarray):
+    found = numbers_of("video", video, "a list of pictures, an array or a tensor")
+    if isinstance(video, np.ndarray) and found.dim() > 2:
         found = found.movedim(-1, -3)
-    found = found.float() / 255 if found.dtype == torch.uint8 else found.float()
+    if found.dtype == torch.uint8:
+        found = found.float() / 255
+    elif not bool(((found > -ROUNDED) & (found < 1 + ROUNDED)).all()):  # nor is a NaN
+        least, most = (float(one) for one in found.float().aminmax()) if found.numel() else (0.0, 0.0)
+        raise RequestError("video", f"numbers from {least:g} to {most:g}", "of numbers in 0..1, or of bytes")
+    found = found.float()
     found = found.unsqueeze(0) if found.dim() == 4 else found
     if found.dim() != 5 or found.shape[2:] != (channels, height, width) or not found.shape[1]:
         allowed = f"frames of {channels} channels, {height} x {width} px"
         raise RequestError("video", tuple(np.shape(video)), allowed)
     return found
+
+
+def numbers_of(name: str, value: Any, allowed: str) -> Tensor:
+    """Return an array or tensor of numbers as a tensor of its own type. Raises: RequestError for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        found = np.asarray(value)
+        return torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise RequestError(name, type(value).__name__, allowed) from None
+
+
+def whole(name: str, value: Any, unit: str) -> int:
+    """Return a count of at least 1. Raises: RequestError for one that is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise RequestError(name, value, f"at least 1, a whole number of {unit}")
+    return int(value)
 
 
 def frames_of(video: Any) -> int:

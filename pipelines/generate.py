@@ -46,6 +46,8 @@ class Progress:
 
 
 OnStep = Callable[[Progress], object]
+SQUEEZED = 0.03
+"""By how much, as a share, a given picture's shape may change unsaid: sizes are rounded to whole patches."""
 
 
 class Cancelled(Exception):
@@ -194,6 +196,7 @@ def _picture(request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch) ->
     frames = frames if inputs.inpainting is None else inputs.inpainting.finished(frames)
     if request.frames not in (None, len(frames)):
         warnings.append(f"asked for {request.frames} frames, made {len(frames)}: the nearest that it can")
+    warnings += _stretched(inputs, frames[0].size)
     if "overlap" in given:
         count, window = runs_of(pipeline, given), given["window"]
         made_in = "one window" if count == 1 else f"{count} windows"
@@ -225,8 +228,21 @@ def _picture(request: Request, loaded: Loaded, inputs: Inputs, watch: _Watch) ->
     )
 
 
+def _stretched(inputs: Inputs, made: tuple[int, int]) -> list[str]:
+    """Return a warning for every given picture of another shape than what was made."""
+    given = {"image": inputs.image, "last_image": inputs.last_image, "clip": inputs.clip[0] if inputs.clip else None}
+    return [
+        f"{name}: {one.width}x{one.height} px was stretched to {made[0]}x{made[1]} px, another shape; cut it before"
+        for name, one in given.items()
+        if one is not None and abs(one.width * made[1] / (one.height * made[0]) - 1) > SQUEEZED
+    ]
+
+
 def _explained(error: Exception, request: Request) -> Exception:
     """Return the error of a pipeline as one of the request, where it speaks of the request."""
+    if isinstance(error, RequestError) and error.field in ("video", "num_frames"):  # arguments of ours
+        field = "clip" if error.field == "video" else "frames"
+        return RequestError(field, error.given, error.allowed)
     if isinstance(error, RequestError) or ranks.unshareable(error):
         return error
     if request.scheduler != "default":

@@ -25,8 +25,8 @@ from pipelines.request import Request, RequestError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PIXELS = 34_000_000
-"""Most pixels of all frames of one side: two pictures of 4096 x 4096 px, or a clip of half a minute at 256 px."""
+PIXELS = 150_000_000
+"""Most pixels of all frames of one side: 129 frames of 1280 x 720 px are 119 million. Each takes 3 bytes, while it is read 6."""
 BAND = 256
 """Rows of a picture that are compared at once."""
 KNOWN = 4096

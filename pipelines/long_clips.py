@@ -57,6 +57,8 @@ def windows(frames: int, window: int, overlap: int) -> list[tuple[int, int]]:
 
     Raises: RequestError for an overlap that leaves nothing to make, or gives nothing to go on from.
     """
+    if window < 2:
+        raise RequestError("window", window, "2 frames or more: one that is given, and one that is made")
     if not 1 <= overlap < window:
         raise RequestError("overlap", overlap, f"from 1 to {window - 1} frames of a window of {window}")
     found, done = [(0, 0)], window

@@ -49,7 +49,9 @@ def previewing(pipeline: Any, given: dict[str, Any], on_preview: OnPreview | Non
 
     @functools.wraps(inner)  # pipelines look for arguments in the signature of a step
     def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        painter.see(scheduler, model_output, timestep, sample)
+        # with times of its own for every token a step goes up the output, not down (LTX-Video from frames)
+        seen = -model_output if kwargs.get("per_token_timesteps") is not None else model_output
+        painter.see(scheduler, seen, timestep, sample)
         return inner(model_output, timestep, sample, *args, **kwargs)
 
     with patched(scheduler, "step", step):
@@ -155,7 +157,8 @@ def _scaled(
     import torch
 
     config = vae.config
-    mean, std = config.get("latents_mean"), config.get("latents_std")
+    buffers = dict(vae.named_buffers(recurse=False)) if isinstance(vae, torch.nn.Module) else {}  # LTX-Video keeps them there
+    mean, std = (config.get(name, buffers.get(name)) for name in ("latents_mean", "latents_std"))
     films = "3D" in type(vae).__name__ or any(
         word in type(vae).__name__ for word in ("Wan", "LTX", "Hunyuan", "Cog", "Mochi")
     )
@@ -170,22 +173,34 @@ def _scaled(
         one = small(latents).to(vae.dtype)
         if mean is not None and std is not None and len(mean) == one.shape[1]:
             shape = (1, -1, 1, 1)
-            one = one * torch.tensor(std).to(one).view(shape) + torch.tensor(mean).to(one).view(shape)
+            one = one * torch.as_tensor(std).to(one).view(shape) + torch.as_tensor(mean).to(one).view(shape)
         else:
             one = one / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
-        found: Tensor = decode(one.unsqueeze(2) if films else one, return_dict=False)[0]
+        # LTX-Video's later decoders hear how much noise is left
+        late = {"temb": torch.zeros(1).to(one)} if config.get("timestep_conditioning") else {}
+        found: Tensor = decode(one.unsqueeze(2) if films else one, return_dict=False, **late)[0]
         return found[:, :, 0] if films else found
 
     return decoded
 
 
 def _unpacked(pipeline: Any, given: dict[str, Any], latents: Tensor) -> Tensor:
-    """[B, N, C] of FLUX and its kin -> [B, c, H, W], by the pipeline's own way."""
-    sides = {
+    """[B, N, C] of FLUX and its kin -> [B, c, H, W], of LTX-Video -> [B, c, F, H, W], by the pipeline's own way."""
+    if hasattr(pipeline, "transformer_temporal_patch_size"):
+        from pipelines.calls import default_of
+
+        frames, *sides = (given.get(name) or default_of(pipeline, name) for name in ("num_frames", "height", "width"))
+        frames = (frames - 1) // pipeline.vae_temporal_compression_ratio + 1
+        high, wide = (side // pipeline.vae_spatial_compression_ratio for side in sides)
+        patch, patch_t = pipeline.transformer_spatial_patch_size, pipeline.transformer_temporal_patch_size
+        made = latents[:, -(frames // patch_t) * (high // patch) * (wide // patch) :]  # behind frames that are given
+        film: Tensor = pipeline._unpack_latents(made, frames, high, wide, patch, patch_t)
+        return film
+    square = {
         name: given.get(name) or pipeline.default_sample_size * pipeline.vae_scale_factor
         for name in ("height", "width")
     }
     found: Tensor = pipeline._unpack_latents(
-        latents, sides["height"], sides["width"], pipeline.vae_scale_factor
+        latents, square["height"], square["width"], pipeline.vae_scale_factor
     )
     return found

@@ -170,7 +170,10 @@ def _altered(path: Path, was: dict[str, Any], picture: Picture) -> dict[str, dic
 
     An MP4 or a GIF lost something when it was written: it is held against the remade frames after the same loss.
     """
-    frames = _frames(path)
+    try:
+        frames = _frames(path)
+    except RequestError as error:
+        return {"the file's own pixels": {"was": was.get("pixels"), "is": f"not readable: {error.allowed}"}}
     if frames is None:
         return {}
     if path.suffix.lower() in LOSSY:
@@ -185,7 +188,10 @@ def _altered(path: Path, was: dict[str, Any], picture: Picture) -> dict[str, dic
 def _difference(
     path: Path, picture: Picture, was: dict[str, Any]
 ) -> tuple[float | None, int | None, dict[str, Any]]:
-    frames = _frames(path)
+    try:
+        frames = _frames(path)
+    except RequestError:
+        return None, None, _altered(path, was, picture)
     if frames is None:
         return None, None, {}
     ending = path.suffix.lower()
@@ -209,13 +215,8 @@ def _gap(frames: list[Image], others: list[Image]) -> tuple[float, int] | None:
 
 
 def _frames(path: Path) -> list[Image] | None:
-    """Return the pictures of a file or a folder of frames, None of a sidecar."""
-    if path.suffix.lower() == ".json":
-        return None
-    try:
-        return read_clip(path, field="file")[0]
-    except RequestError:
-        return None
+    """Return the pictures of a file or a folder of frames, None of a sidecar. Raises: RequestError where they are damaged."""
+    return None if path.suffix.lower() == ".json" else read_clip(path, field="file")[0]
 
 
 def _shown(value: Any) -> str:

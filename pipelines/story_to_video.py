@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dit import text as prompts
 from pipelines import autoencoder
+from pipelines.clips import whole
 from pipelines.denoising import Callback, Inputs, check_choice, make_loadable, pictures
 from pipelines.request import GUIDANCE_MODES, RequestError
 from pipelines.schedulers import is_flow
@@ -246,13 +247,12 @@ class StoryToVideoPipeline(TextToImagePipeline):
         ratio, cut = self.frame_ratio, int(self.transformer.config.patch_frames)
         if wanted is None:
             wanted = (int(self.transformer.config.frames) - 1) * ratio + 1
-        found = [wanted] * scenes if isinstance(wanted, int) else list(wanted)
+        found = list(wanted) if isinstance(wanted, Sequence) else [whole("scene_frames", wanted, "frames")] * scenes
         if len(found) != scenes:
             raise RequestError("scene_frames", len(found), f"one count for each of the {scenes} captions")
         found = [*given, *found[len(given) :]]
         for place, count in enumerate(found):
-            if count < 1:
-                raise RequestError("scene_frames", count, "at least 1 frame")
+            whole("scene_frames", count, "frames")
             legal = round((count - 1) / ratio) * ratio + 1
             if legal != count and place < len(given):
                 raise RequestError("given", count, f"{ratio} n + 1 frames for this model, such as {legal}")
@@ -267,6 +267,8 @@ class StoryToVideoPipeline(TextToImagePipeline):
 
     def _pixels(self, clip: Any, height: int, width: int) -> Tensor:
         """A given clip -> [F, 3, H, W] in 0..1, on the processor."""
+        if not len(clip):
+            raise RequestError("given", "no frames", "clips of at least one frame")
         processor = VaeImageProcessor(vae_scale_factor=self.multiple, do_normalize=False)
         frames: Tensor = processor.preprocess(clip, height=height, width=width).float()
         return frames

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit.segments import joined_captions
 from pipelines import autoencoder
-from pipelines.clips import Task, frames_of, placed, tensor_of
+from pipelines.clips import Task, frames_of, placed, tensor_of, whole
 from pipelines.denoising import Callback, Inputs, check_choice, make_loadable, pictures
 from pipelines.request import GUIDANCE_MODES, RequestError
 from pipelines.schedulers import is_flow
@@ -114,8 +114,7 @@ class TextToVideoPipeline(TextToImagePipeline):
         frames = int(self.transformer.config.frames) if num_frames is None else num_frames
         if caption_frames is not None:
             frames = self._scenes_fit(caption_frames, texts, labels, num_frames)
-        if frames < 1:
-            raise RequestError("num_frames", frames, "at least 1")
+        frames = whole("num_frames", frames, "frames")
         count = 1 if caption_frames is not None else _count(texts, labels, seeds, generator)
         generators = self._generators(count, seeds, generator)
         size = (frames, height, width)

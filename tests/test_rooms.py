@@ -25,7 +25,7 @@ from pipelines._tuning import item, tuned
 from pipelines.catalog import Card
 from pipelines.compare import difference_of_clips
 from pipelines.jobs import Item, Ledger
-from pipelines.likeness import changed, likeness, psnr_of
+from pipelines.likeness import _check_size, changed, likeness, psnr_of
 from pipelines.request import Request, RequestError
 from pipelines.result import Picture
 from pipelines.workers import Worker
@@ -114,6 +114,13 @@ def test_what_cannot_be_compared_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="million"):
         likeness(huge, huge)
     assert psnr_of(a, tmp_path / "gone.png") is None
+
+
+@pytest.mark.parametrize(("frames", "wide", "high"), [(161, 704, 512), (129, 1280, 720), (81, 1280, 720), (49, 720, 480)])
+def test_what_families_of_clips_make_by_themselves_can_be_compared(frames: int, wide: int, high: int) -> None:
+    _check_size("A", frames * wide * high)
+    with pytest.raises(RequestError, match="million"):
+        _check_size("A", 1000 * wide * high)
 
 
 def test_settings_that_differ_are_named_first_and_escaped(tmp_path: Path) -> None:

@@ -399,6 +399,26 @@ def test_too_long_a_story_is_refused_with_numbers(
     assert not catalog._loaded
 
 
+def test_a_picture_of_another_shape_is_told_of(clips: str, tmp_path: Path) -> None:
+    for name, size in (("wide", (2 * SIDE, SIDE)), ("square", (3 * SIDE, 3 * SIDE))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    asked = Request(model=clips, prompt="a", steps=1, image=str(tmp_path / "wide.png"))
+    told = f"image: {2 * SIDE}x{SIDE} px was stretched to {SIDE}x{SIDE} px"
+    assert [one.startswith(told) for one in generate(asked).report["warnings"]] == [True]
+    assert not generate(asked.replace(image=str(tmp_path / "square.png"))).report["warnings"]
+
+
+def test_a_clip_that_does_not_fit_is_named_as_people_gave_it(clips: str, film: Path) -> None:
+    asked = Request(model=clips, prompt="a", steps=1, clip=str(film))
+    for more, field, words in (
+        ({"frames": 3, "task": "interpolate", "every": 2}, "clip", "3 frames, or the 2 that are given"),
+        ({"frames": 8, "window": 1}, "window", "2 frames or more"),
+    ):
+        with pytest.raises(RequestError, match=words) as caught:
+            generate(asked.replace(**more))
+        assert caught.value.field == field
+
+
 # Stories
 
 

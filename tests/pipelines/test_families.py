@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 
 import app_tasks
-from pipelines import catalog, clip_memory
+from pipelines import catalog, clip_memory, previews
 from pipelines.clip_memory import Estimate, estimate
 from pipelines.families import Face
 from pipelines.generate import generate
@@ -247,6 +247,30 @@ def test_a_folder_tells_of_a_family_what_the_loaded_pipeline_does(name: str, mod
     assert told == Face.of(catalog.load(model(name)).pipeline)
     assert told is not None
     assert (told.hears_pictures, told.shifts) == (name == "wan-i2v", name == "old-ltx")
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("wan", ()), ("hunyuan", ()), ("cogvideox", ()), ("ltx", ()), ("ltx", ("image",)), ("ltx", ("image", "last_image")),
+        ("wan-i2v", ("image",)),
+    ],
+)  # fmt: skip
+def test_every_family_shows_its_middle_frame_while_it_is_made(
+    name: str, given: tuple[str, ...], model: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(previews, "PAUSE", 0.0)
+    monkeypatch.setattr(previews, "SHARE", 0)
+    paths = {field: str(pictures / "0.png") for field in given}
+    asked = Request(**({"prompt": "a cat", "model": model(name)} | SIZE | {"steps": 3} | paths))
+    seen: list[Image.Image] = []
+    made = generate(asked, on_preview=seen.append)
+    assert len(seen) == 3
+    last, *frames = (np.asarray(one.convert("RGB"), dtype=float) for one in (seen[-1], *made.clips[0]))
+    assert last.shape == frames[0].shape
+    far = [np.abs(last.mean((0, 1)) - one.mean((0, 1))).max() for one in frames]
+    assert min(far) < 16, "a latent frame alone, which Wan's decoder takes for a first one"
+    assert generate(asked).report["pixels"] == made.report["pixels"]
 
 
 @pytest.mark.parametrize(

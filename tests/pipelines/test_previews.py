@@ -89,6 +89,12 @@ def test_a_clip_shows_its_middle_frame_and_keeps_its_pixels(folder_of: Any, alwa
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize(("frames", "middle"), [(1, 0), (2, 1), (5, 2), (16, 8)])
+def test_of_a_clip_the_middle_frame_is_taken(frames: int, middle: int) -> None:
+    clip = torch.arange(2.0 * frames).reshape(2, 1, frames, 1, 1).expand(2, 3, frames, 4, 6)
+    assert torch.equal(previews.small(clip), clip[:1, :, middle])
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpm++2m"])
 def test_the_clean_latents_are_found_behind_known_noise(kind: str, name: str) -> None:

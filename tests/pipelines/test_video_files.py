@@ -108,6 +108,26 @@ def test_an_altered_lossy_file_is_told_from_an_untouched_one(
     assert list(verdict.differs) == ["the file's own pixels"]
 
 
+def test_a_damaged_file_is_not_called_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = moving()
+    made = result(frames)
+    (path,) = made.save(tmp_path / "clip.mp4")
+    for pixels in (pixel_hash(frames), "sha256:another"):
+        remade = {"pixels": pixels, "effective": {"fps": 12.0}, "timings": {}}
+        same = Result((Picture(tuple(frames), made.request, remade),), made.request, remade)
+        monkeypatch.setattr("pipelines.repro.generate", lambda *_, same=same, **__: same)
+        data = bytearray(path.read_bytes())
+        start = data.index(b"mdat") + 4
+        end = start - 8 + int.from_bytes(data[start - 8 : start - 4], "big")
+        data[start:end] = bytes(end - start)
+        broken = tmp_path / "broken.mp4"
+        broken.write_bytes(bytes(data))
+        broken.with_suffix(".json").write_text(path.with_suffix(".json").read_text())
+        verdict = repro(broken)
+        assert verdict.verdict == "different"
+        assert "not readable: a clip whose frames can be decoded" in verdict.differs["the file's own pixels"]["is"]
+
+
 def test_the_preview_is_the_middle_frame() -> None:
     frames = moving()
     assert result(frames).pictures[0].preview is frames[3]
