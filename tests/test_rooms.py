@@ -99,7 +99,7 @@ def test_words_follow_the_noise_floor(tmp_path: Path) -> None:
     assert app_compare.floor_of({"floor": [{"psnr_db": 41.0}, {"psnr_db": 39.5}]}) == 39.5
 
 
-def test_what_cannot_be_compared_is_refused_in_words(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = saved(tmp_path / "a.png", noise(1))
     (tmp_path / "text.png").write_text("no picture")
     for other, words in (
@@ -110,7 +110,8 @@ def test_what_cannot_be_compared_is_refused_in_words(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=words):
             likeness(a, other)
     huge = tmp_path / "huge.png"
-    Image.new("1", (8000, 8000)).save(huge)
+    Image.new("1", (800, 800)).save(huge)
+    monkeypatch.setattr("pipelines.likeness.PIXELS", 600_000)
     with pytest.raises(RequestError, match="million"):
         likeness(huge, huge)
     assert psnr_of(a, tmp_path / "gone.png") is None
