@@ -595,3 +595,27 @@ def test_create_is_walked_and_used_by_the_keyboard_alone(tab: Any) -> None:
     tab.get_by_role("tab", name="Grid", exact=True).focus()
     tab.keyboard.press("Enter")
     playwright.expect(tab.locator("#grid-prompt")).to_be_visible()
+
+
+def test_a_story_from_the_form_to_its_player(tab: Any, served: tuple[str, Path]) -> None:
+    tab.get_by_label("Model", exact=True).first.click()
+    tab.get_by_role("option", name="motion").click()
+    tab.get_by_label("Story, scene | scene | scene").check()
+    playwright.expect(tab.get_by_label("Frames (0: 8 a scene)")).to_be_visible()
+    tab.get_by_label("File", exact=True).first.click()
+    tab.get_by_role("option").filter(has_text="MP4").first.click()
+    number(tab, "Steps", 2)
+    captions = "a red ball rests | a blue square falls | a green triangle moves up"
+    tab.locator("#prompt textarea").fill(captions)
+    tab.locator("#generate").click()
+    video = tab.locator("video").first
+    playwright.expect(video).to_be_visible()
+    tab.wait_for_function("(document.querySelector('video') || {}).readyState >= 2")
+    assert tab.evaluate("(one => [one.videoWidth, one.videoHeight, one.duration])(document.querySelector('video'))") == [64, 64, 3]
+    playwright.expect(tab.locator(".scenes")).to_have_attribute("aria-label", re.compile("^3 scenes of 24 frames"))
+    playwright.expect(tab.locator(".scenes")).to_contain_text("a blue square falls")
+    assert tab.locator(".strip img").count() > 4
+    assert tab.get_by_role("alert").count() == 0
+    (file,) = served[1].glob("*.mp4")
+    found = Request.from_file(file)
+    assert (found.model, found.prompts, found.steps) == ("motion", captions, 2)
