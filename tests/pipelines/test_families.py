@@ -249,6 +249,12 @@ def test_a_folder_tells_of_a_family_what_the_loaded_pipeline_does(name: str, mod
     assert (told.hears_pictures, told.shifts) == (name == "wan-i2v", name == "old-ltx")
 
 
+def test_sides_of_ltx_are_multiples_of_what_its_autoencoder_says(model: Any) -> None:
+    _, card = catalog.prepare(catalog.find(model("ltx")))
+    pipeline = catalog.load(model("ltx")).pipeline
+    assert card.multiple == pipeline.vae_spatial_compression_ratio * pipeline.transformer_spatial_patch_size == 4
+
+
 @pytest.mark.parametrize(
     ("name", "given"),
     [

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,30 @@ def test_a_clip_shows_its_middle_frame_and_keeps_its_pixels(folder_of: Any, alwa
 def test_of_a_clip_the_middle_frame_is_taken(frames: int, middle: int) -> None:
     clip = torch.arange(2.0 * frames).reshape(2, 1, frames, 1, 1).expand(2, 3, frames, 4, 6)
     assert torch.equal(previews.small(clip), clip[:1, :, middle])
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_step_that_goes_up_its_output_is_seen_the_right_way_round(
+    per_token: bool, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    clean = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    now = scheduler.timesteps[1]
+    level = float(now) / 1000
+    seen: list[Image.Image] = []
+    monkeypatch.setattr(previews, "_decoder", lambda *_: previews.small)
+    monkeypatch.setattr(scheduler, "step", lambda *_, **__: None)
+    with previews.previewing(SimpleNamespace(scheduler=scheduler), {}, seen.append):
+        given = (noise - clean, now, (1 - level) * clean + level * noise)
+        more = {"per_token_timesteps": now.expand(1, 64)} if per_token else {}
+        scheduler.step(-given[0] if per_token else given[0], *given[1:], **more)
+    (picture,) = seen
+    pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    assert torch.allclose(pixels, clean[0], atol=0.02)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

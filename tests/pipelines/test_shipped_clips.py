@@ -11,6 +11,8 @@ import pytest
 
 import app_form
 import app_tasks
+from benchmarks._motion_eyes import judge
+from benchmarks._motion_tasks import drawn
 from pipelines import catalog, cli
 from pipelines.generate import check, generate
 from pipelines.request import Request
@@ -27,7 +29,7 @@ def card() -> catalog.Card:
 
 
 def made(**asked: Any) -> np.ndarray:
-    result = generate(Request(model=NAME, steps=2, device="cpu", **asked))
+    result = generate(Request(**({"model": NAME, "steps": 2, "device": "cpu"} | asked)))
     return np.stack([np.asarray(one) for one in result.pictures[0].frames])
 
 
@@ -81,3 +83,14 @@ def test_the_first_model_is_the_one_of_pictures(capsys: pytest.CaptureFixture[st
     rows = [row.split("\t") for row in capsys.readouterr().out.splitlines()[:-1]]
     assert [row[0] for row in rows] == list(catalog.shipped())
     assert all(row[3] not in ("", row[0]) for row in rows), "what it makes, not its name once more"
+
+
+def test_it_draws_what_captions_name(card: catalog.Card) -> None:
+    clips, captions = drawn(8, 123_456, kind="single", world=card.more["world"])
+    told = [
+        judge(made(prompt=caption, seed=place, steps=8).transpose(0, 3, 1, 2), clip.script)
+        for place, (clip, caption) in enumerate(zip(clips, captions, strict=True))
+    ]
+    right = {name: sum(one[name] for one in told) for name in ("colour", "shape", "motion")}
+    assert right["colour"] == 8
+    assert min(right.values()) >= 7, right
