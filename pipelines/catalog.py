@@ -348,7 +348,7 @@ def _without_bars() -> Iterator[None]:
 def _derived(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     name = index["_class_name"]
     transformer = read_config(folder / "transformer" / "config.json") or read_config(folder / "unet" / "config.json")
-    factor = _codec_factor(folder)
+    factor = codec_factor(folder)
     patch = transformer.get("patch_size") or 1
     multiple = factor * int(patch[-1] if isinstance(patch, list) else patch)
     if name.startswith(("Flux", "QwenImage", "Chroma", "Kontext")):
@@ -377,7 +377,8 @@ def _derived(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _codec_factor(folder: Path) -> int:
+def codec_factor(folder: Path) -> int:
+    """Return how many pixels a side of a latent pixel stands for."""
     for part in ("vae", "codec", "vqvae"):
         config = read_config(folder / part / "config.json")
         for key in ("scale_factor_spatial", "spatial_compression_ratio", "scale_factor"):

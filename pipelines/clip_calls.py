@@ -65,12 +65,11 @@ def check_clip(request: Request, card: Card) -> None:
         raise RequestError("scene_frames", request.scene_frames, f"left out: {card.name} tells no stories")
     if card.pipeline == "TextToVideoPipeline":
         _check_own(request)
-    elif not story:
-        check_foreign(request, card.pipeline)
-    if story:
+    elif story:
         _check_story(request)
     else:
-        check_lengths(request, card)
+        _check_foreign(request, card.pipeline)
+    check_lengths(request, card)
 
 
 def check_lengths(request: Request, card: Card, came: int | None = None) -> None:
@@ -78,12 +77,15 @@ def check_lengths(request: Request, card: Card, came: int | None = None) -> None
 
     `came` counts the frames of the clip that is given, once it has been read.
     """
-    if card.task != "text-to-video" or card.pipeline == "StoryToVideoPipeline":
+    if card.task != "text-to-video":
         return
-    parts = _parts(request, bool(card.more.get("tells_scenes")))
     frames = frames_of(request, card, came)
     if frames is not None and frames > LONGEST:
-        raise RequestError("prompts", f"{frames} frames", f"for at most {LONGEST} frames together")
+        field = "prompts" if request.scene_frames is None else "scene_frames"
+        raise RequestError(field, getattr(request, field) or request.prompt, f"for at most {LONGEST} frames together")
+    if card.pipeline == "StoryToVideoPipeline":
+        return  # its windows count scenes
+    parts = _parts(request, bool(card.more.get("tells_scenes")))
     if parts is not None and frames is not None:
         spread(parts, frames)
     if request.window is not None and frames is not None and request.window > frames:
@@ -145,7 +147,7 @@ def captions_of(request: Request) -> str:
     return text_of([Part(one.text, end - length, end) for one, length, end in zip(parts, lengths, ends, strict=True)])
 
 
-def check_foreign(request: Request, name: str) -> None:
+def _check_foreign(request: Request, name: str) -> None:
     """Check what a pipeline of diffusers is told beside one prompt. Raises: RequestError."""
     _refuse(request, _OURS, f"{name or request.model} has no such thing")
     parts = () if request.prompts is None else read_prompts(request.prompts)
@@ -155,11 +157,17 @@ def check_foreign(request: Request, name: str) -> None:
 
 
 def _check_story(request: Request) -> None:
-    """Check how long a story is, where the request says it. Raises: RequestError."""
-    lengths = story_lengths(request)
-    if lengths is not None and sum(lengths) > LONGEST:
-        field = "prompts" if request.scene_frames is None else "scene_frames"
-        raise RequestError(field, getattr(request, field), f"for at most {LONGEST} frames together")
+    """Check what a story is told beside its captions. Raises: RequestError."""
+    _refuse(
+        request, ("image", "last_image", "overlap", "task", "mask"),
+        "a story is told by captions, and goes on from the scenes of a clip",
+    )  # fmt: skip
+    parts = _captions(request)
+    counted = request.frames or length_of(parts)
+    if request.scene_frames is not None and counted is not None:
+        raise RequestError("scene_frames", request.scene_frames, "left out where the frames are counted otherwise")
+    if request.scene_frames is None and counted is None and parts[0].start is not None:
+        raise RequestError("frames", None, "given where prompts have a first frame and no last one")
 
 
 def story_lengths(request: Request, own: int | None = None) -> list[int] | None:
@@ -204,8 +212,6 @@ def _lengths(request: Request, card: Card, parts: tuple[Part, ...] | None) -> li
     if len(wanted) != len(parts):
         allowed = f"one number, or at most one for each of the {len(parts)} captions: no scene goes without"
         raise RequestError("scene_frames", f"{len(wanted)} scenes", allowed)
-    if sum(wanted) > LONGEST:
-        raise RequestError("scene_frames", request.scene_frames, f"at most {LONGEST} frames together")
     return wanted
 
 
@@ -227,23 +233,8 @@ def _refuse(request: Request, names: tuple[str, ...], words: str) -> None:
 
 
 def _story(request: Request, inputs: Inputs) -> dict[str, Any]:
-    _refuse(
-        request, ("image", "last_image", "overlap", "task", "mask"),
-        "a story is told by captions, and goes on from the scenes of a clip",
-    )  # fmt: skip
-    parts = _captions(request)
-    lengths: Any = _numbers(request, "scene_frames")
-    if lengths is not None and len(lengths) == 1:
-        lengths = lengths[0]
-    frames = request.frames or length_of(parts)
-    if lengths is not None and frames is not None:
-        raise RequestError(
-            "scene_frames", request.scene_frames, "left out where the frames are counted otherwise"
-        )
-    if lengths is None and frames is not None:
-        lengths = [end - start for start, end, _ in spread(parts, frames)]
-    elif lengths is None and parts[0].start is not None:
-        raise RequestError("frames", None, "given where prompts have a first frame and no last one")
+    _check_story(request)
+    parts, lengths = _captions(request), story_lengths(request)
     seeds = _numbers(request, "window_seeds")
     return {
         "num_frames": None, "prompt": [one.text for one in parts], "scene_frames": lengths, "window": request.window,
@@ -393,7 +384,7 @@ def _foreign(pipeline: Any, request: Request, card: Card, inputs: Inputs) -> dic
     from pipelines.calls import default_of, takes
 
     name = type(pipeline).__name__
-    check_foreign(request, name)
+    _check_foreign(request, name)
     found: dict[str, Any] = {}
     if request.prompts is not None:
         found["prompt"] = read_prompts(request.prompts)[0].text

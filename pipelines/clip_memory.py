@@ -7,14 +7,13 @@ Differs: frameworks allocate until they fail, minutes into a run.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.catalog import Card, Unavailable, device_for, dtype_for, read_config
+from pipelines.catalog import Card, Unavailable, codec_factor, device_for, dtype_for, read_config
 from pipelines.clip_calls import frames_of, made_at_once
-from pipelines.families import OWN, RATIO_KEYS, Face
+from pipelines.families import OWN, Face, ratio_in
 from pipelines.inputs import NOTHING, Inputs
 from pipelines.request import Request, RequestError
 
@@ -55,19 +54,17 @@ class Estimate:
 def estimate(request: Request, card: Card, folder: Path, inputs: Inputs = NOTHING) -> Estimate | None:
     """Return what a request's clip takes, None where its size is not known before the model is loaded."""
     config, vae = (read_config(folder / part / "config.json") for part in ("transformer", "vae"))
-    own = card.pipeline in OWN
-    sizes = _own_sizes(request, card, inputs) if own else _foreign_sizes(request, card, folder, inputs)
-    frames, wide, high = sizes
+    frames, wide, high = _sizes(request, card, folder, inputs)
     if frames is None or wide is None or high is None:
         return None
     width = config.get("width") or config.get("hidden_size")
     if width is None:
         width = (config.get("num_attention_heads") or 1) * (config.get("attention_head_dim") or 64)
     # `multiple` is the side of a patch in picture pixels: every patch is one token
-    latents = -(-made_at_once(request, card, frames) // _ratio(vae))
+    latents = -(-made_at_once(request, card, frames) // ratio_in(vae))
     tokens = latents * -(-high // card.multiple) * -(-wide // card.multiple)
     bytes_of = 4 if request.dtype == "float32" or (request.dtype == "auto" and card.dtype == "float32") else 2
-    branches = 2 if own and request.guidance != 1.0 else 1  # diffusers' families may take them one by one
+    branches = 2 if card.pipeline in OWN and request.guidance != 1.0 else 1  # diffusers' families may take them one by one
     weights = sum(one.stat().st_size for one in folder.glob("*/*.safetensors"))
     decoded = 0 if request.tiling or not vae else min(frames, _AT_ONCE.get(str(vae.get("_class_name")), frames))
     pixels = decoded * wide * high // _patch(vae) ** 2
@@ -99,8 +96,7 @@ def check_memory(request: Request, card: Card, folder: Path, inputs: Inputs = NO
     needed, fixed = (found.total, found.weights) if device == "cpu" else (found.worked, 0)
     if needed <= room:
         return
-    sizes = _own_sizes if card.pipeline in OWN else functools.partial(_foreign_sizes, folder=folder)
-    frames = sizes(request=request, card=card, inputs=inputs)[0] or 1
+    frames = _sizes(request, card, folder, inputs)[0] or 1
     fits = int((room - fixed) / ((needed - fixed) / frames)) if room > fixed else 0
     what = f"at most {fits} frames of this size" if fits else "fewer frames of a smaller size"
     if found.decoder > found.network:
@@ -111,20 +107,12 @@ def check_memory(request: Request, card: Card, folder: Path, inputs: Inputs = NO
     )  # fmt: skip
 
 
-Sizes = tuple[int | None, int | None, int | None]
-
-
-def _own_sizes(request: Request, card: Card, inputs: Inputs) -> Sizes:
-    """Return frames, width and height in px of a clip of our pipelines."""
-    return frames_of(request, card, len(inputs.clip)), request.width or card.width, request.height or card.height
-
-
-def _foreign_sizes(request: Request, card: Card, folder: Path, inputs: Inputs) -> Sizes:
-    """Return frames, width and height in px of a clip of one of diffusers' pipelines: asked for, given, or its own defaults."""
-    face = Face.in_folder(folder)
+def _sizes(request: Request, card: Card, folder: Path, inputs: Inputs) -> tuple[int | None, int | None, int | None]:
+    """Return frames, width and height in px of a clip: asked for, given, or a family's own defaults; None where not known."""
+    face = None if card.pipeline in OWN else Face.in_folder(folder)
     if face is None:
-        return request.frames, request.width, request.height
-    config, factor = read_config(folder / "transformer" / "config.json"), _factor(folder, card)
+        return frames_of(request, card, len(inputs.clip)), request.width or card.width, request.height or card.height
+    config, factor = read_config(folder / "transformer" / "config.json"), codec_factor(folder)
     own = {
         "num_frames": config.get("sample_frames"),  # CogVideoX keeps its defaults there
         **{name: side * factor for name in ("width", "height") if isinstance(side := config.get(f"sample_{name}"), int)},
@@ -150,19 +138,6 @@ def memory_of(device: str) -> tuple[int, str]:
     import psutil
 
     return int(psutil.virtual_memory().total), "this computer"
-
-
-def _factor(folder: Path, card: Card) -> int:
-    """Return how many pixels a side of a latent pixel stands for."""
-    patch = read_config(folder / "transformer" / "config.json").get("patch_size") or 1
-    return max(1, card.multiple // int(patch[-1] if isinstance(patch, list) else patch))
-
-
-def _ratio(vae: Mapping[str, Any]) -> int:
-    """Return how many frames a latent frame stands for."""
-    if isinstance(vae.get("spatio_temporal_scaling"), list):  # LTX-Video
-        return int(vae.get("patch_size_t") or 1) * 2 ** sum(map(bool, vae["spatio_temporal_scaling"]))
-    return next((int(vae[key]) for key in RATIO_KEYS if isinstance(vae.get(key), int)), 1)
 
 
 def _patch(vae: Mapping[str, Any]) -> int:

@@ -31,8 +31,7 @@ OWN = ("TextToVideoPipeline", "StoryToVideoPipeline")
 """Our own pipelines of clips."""
 FROM_PICTURE = "AutoPipelineForImage2Image"
 """Stands for whichever pipeline diffusers has that starts from a picture; it has none for clips."""
-RATIO_KEYS = ("scale_factor_temporal", "temporal_compression_ratio")
-"""What autoencoders' configs call the frames that one latent frame stands for."""
+_RATIO_KEYS = ("scale_factor_temporal", "temporal_compression_ratio")
 
 
 def frame_ratio(pipeline: Any) -> int:
@@ -40,8 +39,14 @@ def frame_ratio(pipeline: Any) -> int:
     for name in _RATIOS:
         if isinstance(getattr(pipeline, name, None), int):
             return int(getattr(pipeline, name))
-    config = getattr(getattr(pipeline, "vae", None), "config", None) or {}
-    return next((int(config[key]) for key in RATIO_KEYS if isinstance(config.get(key), int)), 1)
+    return ratio_in(getattr(getattr(pipeline, "vae", None), "config", None) or {})
+
+
+def ratio_in(vae: Mapping[str, Any]) -> int:
+    """Return how many frames one latent frame stands for, by an autoencoder's config."""
+    if isinstance(vae.get("spatio_temporal_scaling"), list | tuple):  # LTX-Video
+        return int(vae.get("patch_size_t") or 1) * 2 ** sum(map(bool, vae["spatio_temporal_scaling"]))
+    return next((int(vae[key]) for key in _RATIO_KEYS if isinstance(vae.get(key), int)), 1)
 
 
 def legal_frames(pipeline: Any, frames: int) -> int:

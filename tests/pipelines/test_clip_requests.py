@@ -341,6 +341,9 @@ def test_what_can_be_refused_before_weights_load_is(
             "2 captions: no scene goes without",
         ),
         (Request(model=stories, prompts="a | b", window_seeds="2,2,2"), "window_seeds", "2 captions"),
+        (Request(model=stories, prompts="a | b", image="a.png"), "image", "told by captions"),
+        (Request(model=stories, prompts="a | b", frames=8, scene_frames="4"), "scene_frames", "counted otherwise"),
+        (Request(model=stories, prompts="0: a | 4: b"), "frames", "no last one"),
         (
             Request(model=clips, prompt="a", frames=1000, width=4096, height=4096, window=1000),
             "frames",
