@@ -56,7 +56,7 @@ class Header:
 
     def _look(self, request: gr.Request) -> tuple[str, Any]:
         owner = self.house.known(request)  # a look that comes too early must not take a thread from who comes in
-        busy = bool(owner) and self.house.jobs.mine(owner) is not None
+        busy = bool(owner) and self.house.jobs.busy(owner)
         return self.chips(owner), gr.Button(visible=busy)
 
     def _stop(self, request: gr.Request) -> tuple[str, Any]:

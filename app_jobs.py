@@ -229,13 +229,10 @@ class Jobs:
         """Stop a job: at once if it waits, within one denoising step if it runs; return how many rows of it were."""
         return sum(self.ledger.cancel(name=row.name, owner=owner) for row in self._rows(name, owner))
 
-    def mine(self, owner: str) -> Job | None:
-        """Return the job of a session that runs, or else waits longest; None if there is none."""
-        for states in (("running",), ("waiting",)):
-            rows = self.ledger.jobs(owner=owner, states=states, limit=1, newest_first=False)
-            if rows:
-                return _joined(rows)
-        return None
+    def busy(self, owner: str) -> bool:
+        """Say whether a job of a session runs or waits; one look, so that none is missed on its way from one to the other."""
+        counts = self.ledger.counts(owner=owner)
+        return counts["running"] + counts["waiting"] > 0
 
     def close(self, seconds: float = 5.0) -> None:
         """End the work: a running picture goes back to the queue within a step, and what waits stays there."""

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from app_jobs import WAITING, Job, Jobs, Now, QueueFull
 from pipelines.catalog import Card
 from pipelines.cli import build_parser, request_of
 from pipelines.generate import Cancelled, Progress
+from pipelines.jobs import Item
 from pipelines.request import Request, RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,10 +228,31 @@ def test_nobody_sees_or_stops_a_job_of_another(jobs: Jobs, fake: Fake) -> None:
     mine = jobs.submit(Request(prompt="dog", images=2), owner="me")
     assert jobs.get(mine.name, "you") is None
     assert jobs.cancel(mine.name, "you") == 0
-    assert (jobs.mine("you"), jobs.mine("me") is None) == (None, False)
+    assert (jobs.busy("you"), jobs.busy("me")) == (False, True)
     both = f"{mine.name}.{jobs.submit(Request(prompt='cat'), owner='you').name}"
     assert jobs.get(both, "me") is None, "names of two owners are no job of either"
     assert run(jobs, fake, mine).state == "done"
+
+
+def test_who_has_a_job_is_busy_also_while_it_goes_from_waiting_to_running(jobs: Jobs, fake: Fake) -> None:
+    reading, asked = jobs.ledger._store.reading, list[int]()
+
+    @contextmanager
+    def taken() -> Iterator[Any]:
+        asked.append(1)
+        with reading() as db:
+            yield db
+        if len(asked) == 1:  # the worker takes it right after the first look
+            jobs.ledger.lease("worker")
+
+    jobs.ledger.add([Item(batch="me", id="0", request=Request(prompt="dog").to_dict(), owner="me")])
+    jobs.ledger._store.reading = taken  # type: ignore[method-assign]
+    assert jobs.busy("me")
+    jobs.ledger._store.reading = reading  # type: ignore[method-assign]
+    assert jobs.ledger.counts(owner="me")["running"] == 1
+    assert jobs.busy("me")
+    (name,) = (one.name for one in jobs.ledger.jobs(owner="me"))
+    jobs.ledger.cancel(name=name, owner="me")
 
 
 def test_names_of_jobs_cannot_be_guessed(jobs: Jobs) -> None:

@@ -23,11 +23,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 45, 45), "orange": (245, 145, 30), "yellow": (245, 225, 70), "green": (50, 165, 80),
     "blue": (50, 100, 225), "purple": (150, 70, 190),
 }  # fmt: skip
-UNNAMED: dict[str, tuple[int, int, int]] = {
-    "unnamed pink": (245, 140, 185), "unnamed cyan": (80, 205, 215), "unnamed brown": (125, 80, 45), "unnamed lime": (165, 220, 95),
-    "unnamed navy": (35, 45, 120), "unnamed salmon": (235, 125, 100),
+OTHERS: dict[str, tuple[int, int, int]] = {
+    "pink": (245, 140, 185), "cyan": (80, 205, 215), "brown": (125, 80, 45), "lime": (165, 220, 95), "navy": (35, 45, 120),
+    "salmon": (235, 125, 100), "teal": (15, 115, 120), "olive": (120, 130, 45), "magenta": (225, 40, 150), "beige": (225, 200, 155),
+    "maroon": (105, 20, 45), "lavender": (185, 165, 240),
 }  # fmt: skip
-"""Colours that no caption names: what is learnt of shapes with them holds for any colour."""
+"""Colours for training alone, each with every shape: what is learnt of shapes with them holds for any colour."""
 SHAPES: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "ball", "disc"), "square": ("square", "box", "block"), "triangle": ("triangle",),
     "cross": ("cross", "plus sign"),
@@ -82,8 +83,8 @@ WORLDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mover:
-    """One thing, its colour one of `COLOURS` or `UNNAMED`: "motion" is one of `DIRECTIONS`, "still" or "fall"; `bounces` where it
-    turns back at the frame's edge.
+    """One thing, its colour one of `COLOURS` or `OTHERS`: "motion" is one of `DIRECTIONS`, "still" or "fall"; `bounces` where it
+    turns back at the frame's edge; not `named` where captions leave its colour out.
     """
 
     colour: str
@@ -92,6 +93,7 @@ class Mover:
     motion: str = "still"
     speed: str = "medium"
     bounces: bool = False
+    named: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,12 +134,14 @@ def write_script(
     held_out: bool = False,
     single: bool = False,
     world: str = "full",
+    others: float = 0.0,
     unnamed: float = 0.0,
 ) -> Script:
     """Draw a script; all things in it are learnt pairs, or with `held_out` the first is a held-out one.
 
     Args:
-        single: one thing. world: one of `WORLDS`. unnamed: share of things whose colour no caption names, with any shape.
+        single: one thing. world: one of `WORLDS`. others: share of things that have one of the colours `OTHERS`, with any shape.
+        unnamed: share of things that have one of these too, and no caption names it.
     """
     rules = WORLDS[world]
     kind = str(dice.choice(list(rules.kinds), p=list(rules.kinds.values())))
@@ -149,14 +153,13 @@ def write_script(
         learnt = [shape for shape in SHAPES if ((colour, shape) in HELD_OUT) == (held_out and place == 0)]
         movers.append(_mover(dice, colour, str(dice.choice(learnt)), kind if place == 0 else "plain", rules))
     camera = str(dice.choice(CAMERAS[1:])) if kind == "camera" else "fixed"
-    if unnamed:  # no chance is drawn without: scenes of a seed stay what they are
-        inks = map(str, dice.permutation(list(UNNAMED)))
-        movers = [
-            replace(one, colour=next(inks), shape=str(dice.choice(list(SHAPES))))
-            if dice.random() < unnamed
-            else one
-            for one in movers
-        ]
+    if others or unnamed:  # no chance is drawn without: scenes of a seed stay what they are
+        inks = map(str, dice.permutation(list(OTHERS)))
+        for place, one in enumerate(movers):
+            chance = dice.random()
+            if chance < others + unnamed:
+                shape = str(dice.choice(list(SHAPES)))
+                movers[place] = replace(one, colour=next(inks), shape=shape, named=chance >= unnamed)
     return Script(movers=tuple(movers), camera=camera, wall=kind == "wall", world=world)
 
 
@@ -209,7 +212,7 @@ def write_caption(script: Script, dice: np.random.Generator) -> str:
 
 
 def _clause(mover: Mover, script: Script, dice: np.random.Generator) -> str:
-    colour = mover.colour if mover.colour in COLOURS else ""
+    colour = mover.colour if mover.named else ""
     words = [_one(dice, _SIZES[mover.size]), colour, _one(dice, SHAPES[mover.shape])]
     noun = " ".join(filter(None, words))
     noun = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
@@ -363,7 +366,7 @@ def _drawn(
     layers = []
     for place, mover in enumerate(script.movers):
         part = coverage(mover.shape, centres[:, place], radii[:, place])
-        layers.append((part, (COLOURS | UNNAMED)[mover.colour]))
+        layers.append((part, (COLOURS | OTHERS)[mover.colour]))
     if wall is not None:
         part = np.clip(0.5 - (np.abs(_AT - wall[0]) - wall[1]), 0, 1)
         layers.append((np.broadcast_to(part, (frames, SIDE, SIDE)), WALL))

@@ -65,11 +65,12 @@ class Scripts:
         *,
         held_out: bool = False,
         world: str = "full",
+        others: float = 0.0,
         unnamed: float = 0.0,
     ) -> Scripts:
         """Draw scripts and their captions from a seed, see `write_script`, and encode the captions."""
         dice, told = np.random.default_rng(seed), {"held_out": held_out, "world": world}
-        scripts = [write_script(dice, **told, unnamed=unnamed) for _ in range(count)]
+        scripts = [write_script(dice, **told, others=others, unnamed=unnamed) for _ in range(count)]
         captions = ["", *(write_caption(one, dice) for one in scripts[1:])]
         tokenizer, encoder = load_minilm()
         order = sorted(
@@ -232,7 +233,8 @@ class MotionTrainer(Trainer):
         data, patch = self.recipe["data"], self.recipe["model"]["patch_size"]
         seed, scale = self.recipe["run"]["seed"], self.recipe["codec"]["scale"]
         told: dict[str, Any] = {"length": data["text_tokens"], "world": data.get("world", "full")}
-        learnt = Scripts.drawn(data["scripts"], seed, **told, unnamed=data.get("unnamed", 0.0))
+        more = {name: data.get(name, 0.0) for name in ("others", "unnamed")}
+        learnt = Scripts.drawn(data["scripts"], seed, **told, **more)
         held = Scripts.drawn(64, seed + 1, held_out=True, **told)
         self.clips, self.held_clips = (Clips(one, data, scale, patch) for one in (learnt, held))
         print(f"{len(learnt.scripts)} captions to learn", file=sys.stderr)

@@ -30,9 +30,9 @@ from training.clips import (
     COLOURS,
     DIRECTIONS,
     HELD_OUT,
+    OTHERS,
     SHAPES,
     SIDE,
-    UNNAMED,
     Mover,
     Script,
     coverage,
@@ -71,39 +71,41 @@ def test_held_out_pairs_are_never_learnt_and_cover_every_colour() -> None:
     assert {colour for colour, _ in HELD_OUT} == set(COLOURS)
 
 
-def test_colours_without_a_name_come_with_every_shape_and_no_caption_tells_them() -> None:
-    drawn = [(write_script(dice(seed), unnamed=0.5), dice(seed)) for seed in range(400)]
+def test_other_colours_come_with_every_shape_and_captions_name_them_or_not_as_asked() -> None:
+    drawn = [(write_script(dice(seed), others=0.3, unnamed=0.2), dice(seed)) for seed in range(1200)]
     things = [one for script, _ in drawn for one in script.movers]
-    nameless = [one for one in things if one.colour in UNNAMED]
-    assert 0.4 < len(nameless) / len(things) < 0.6
-    assert {(one.colour, one.shape) for one in nameless} == {(a, b) for a in UNNAMED for b in SHAPES}
+    others = [one for one in things if one.colour in OTHERS]
+    nameless = [one for one in things if not one.named]
+    assert abs(len(others) / len(things) - 0.5) < 0.05
+    assert abs(len(nameless) / len(things) - 0.2) < 0.04
+    for some in (nameless, [one for one in others if one.named]):
+        assert {(one.colour, one.shape) for one in some} == {(a, b) for a in OTHERS for b in SHAPES}
     assert not {(one.colour, one.shape) for one in things} & set(HELD_OUT)
     for script, chance in drawn[:100]:
         said = write_caption(script, chance)
-        named = {one.colour for one in script.movers} - set(UNNAMED)
-        assert {colour for colour in COLOURS if re.search(rf"\b{colour}\b", said)} == named
-        assert "unnamed" not in said
+        named = {one.colour for one in script.movers if one.named}
+        assert {colour for colour in COLOURS | OTHERS if re.search(rf"\b{colour}\b", said)} == named
         assert "  " not in said
     plain = write_script(dice(3))
-    assert plain == write_script(dice(3), unnamed=0.0), "scenes of a seed stay what they are"
-    ink = UNNAMED["unnamed cyan"]
-    script = Script(movers=(Mover(colour="unnamed cyan", shape="square", size="large"),))
-    frame = film(script, dice(0), frames=2).frames[0]
-    assert (frame == np.asarray(ink, np.uint8)[:, None, None]).all(0).sum() > 100
-    assert colours_in(film(script, dice(0), frames=2).frames) == set(), "near to no colour that has a name"
+    assert plain == write_script(dice(3), others=0.0, unnamed=0.0), "scenes of a seed stay what they are"
+    for name, ink in OTHERS.items():
+        film_of = film(Script(movers=(Mover(colour=name, shape="square", size="large"),)), dice(0), frames=2)
+        assert (film_of.frames[0] == np.asarray(ink, np.uint8)[:, None, None]).all(0).sum() > 100
+        assert colours_in(film_of.frames) == set(), "near to no colour that is judged"
 
 
-def test_the_recipe_says_how_many_things_have_no_colour_that_is_named(
+def test_the_recipe_says_how_many_things_have_other_colours_and_which_are_named(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    counts = []
-    for share in (0.0, 1.0):
-        recipe["data"]["unnamed"] = share
-        trainer = begun(recipe, tmp_path / str(share))
+    found = []
+    for others, unnamed in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        recipe["data"] |= {"others": others, "unnamed": unnamed}
+        trainer = begun(recipe, tmp_path / f"{others}-{unnamed}")
         for clips in (trainer.clips, trainer.held_clips):
-            colours = {one.colour for script in clips.scripts.scripts for one in script.movers}
-            counts.append(len(colours & set(UNNAMED)))
-    assert counts == [0, 0, len(UNNAMED), 0], "what is held out has names"
+            things = [one for script in clips.scripts.scripts for one in script.movers]
+            found.append((len({one.colour for one in things} & set(OTHERS)), {one.named for one in things}))
+    held = (0, {True})
+    assert found == [held, held, (len(OTHERS), {True}), held, (len(OTHERS), {False}), held]
 
 
 def test_a_caption_names_what_is_shown_and_only_that() -> None:
