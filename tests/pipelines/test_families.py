@@ -68,7 +68,7 @@ def cogvideox(parts: Any) -> Any:
     )  # fmt: skip
 
 
-def ltx(parts: Any, old: bool = False) -> Any:
+def ltx(parts: Any, old: bool = False, late: bool = False) -> Any:
     network = diffusers.LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32, num_layers=2,
         caption_channels=32,
@@ -77,7 +77,7 @@ def ltx(parts: Any, old: bool = False) -> Any:
         latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
         decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False), patch_size=1,
         decoder_spatio_temporal_scaling=(True, True, False, False), decoder_inject_noise=(False,) * 5,
-        upsample_residual=(False,) * 4, upsample_factor=(1,) * 4,
+        upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, timestep_conditioning=late,
     )  # fmt: skip
     return diffusers.LTXPipeline(
         transformer=network, vae=vae.eval(), text_encoder=cogvideox(parts).text_encoder, tokenizer=parts.tokenizer,
@@ -104,7 +104,8 @@ def model(folder_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         "cogvideox": cogvideox,
         "ltx": ltx,
         "wan-i2v": wan_i2v,
-        "old-ltx": lambda p: ltx(p, True),
+        "old-ltx": lambda p: ltx(p, old=True),
+        "late-ltx": lambda p: ltx(p, late=True),
     }
 
     def folder(name: str) -> str:
@@ -259,7 +260,7 @@ def test_sides_of_ltx_are_multiples_of_what_its_autoencoder_says(model: Any) -> 
     ("name", "given"),
     [
         ("wan", ()), ("hunyuan", ()), ("cogvideox", ()), ("ltx", ()), ("ltx", ("image",)), ("ltx", ("image", "last_image")),
-        ("wan-i2v", ("image",)),
+        ("late-ltx", ()), ("wan-i2v", ("image",)),
     ],
 )  # fmt: skip
 def test_every_family_shows_its_middle_frame_while_it_is_made(
