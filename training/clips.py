@@ -407,10 +407,16 @@ def film_story(scripts: Sequence[Script], dice: np.random.Generator, *, frames: 
 
 
 def example(
-    seed: int, *, frames: int = 16, held_out: bool = False, single: bool = False, world: str = "full"
+    seed: int,
+    *,
+    frames: int = 16,
+    held_out: bool = False,
+    single: bool = False,
+    world: str = "full",
+    others: float = 0.0,
 ) -> tuple[Clip, str]:
-    """Return the scene of a seed and a caption of it."""
+    """Return the scene of a seed and a caption of it, see `write_script`."""
     dice = np.random.default_rng(seed)
-    script = write_script(dice, held_out=held_out, single=single, world=world)
+    script = write_script(dice, held_out=held_out, single=single, world=world, others=others)
     caption = write_caption(script, dice)
     return film(script, dice, frames=frames), caption

@@ -475,6 +475,33 @@ def test_the_enlarger_beats_bilinear_enlargement(tmp_path: Path) -> None:
     assert (tmp_path / "codec" / "config.json").is_file()
 
 
+def test_an_enlarger_sees_shapes_in_many_colours_and_no_pair_that_is_held_out() -> None:
+    pairs = [(colour, shape) for colour in COLOURS | OTHERS for shape in SHAPES if (colour, shape) not in HELD_OUT]
+    counts = {}
+    for colour, shape in pairs:
+        found = enlarge_clips.orders(Script(movers=(Mover(colour=colour, shape=shape),)))
+        counts[colour, shape] = len(found)
+        assert found[0] == (0, 1, 2), "as it is"
+        seen = [[(COLOURS | OTHERS)[colour][channel] for channel in order] for order in found]
+        for held, other in HELD_OUT:
+            if other == shape:
+                assert min(np.linalg.norm(np.asarray(one) - COLOURS[held]) for one in seen) >= enlarge_clips.APART
+    assert set(counts.values()) >= {4, 5, 6}, "some orders are left out"
+    assert min(counts.values()) >= 2, "nothing keeps to one colour"
+
+    plain = enlarge_clips.frames_of(range(6), "small")
+    want = [torch.from_numpy(example(seed, world="small")[0].frames[::4]) for seed in range(6)]
+    assert torch.equal(plain, torch.cat(want))
+    turned = enlarge_clips.frames_of(range(6), "small", turned=True)
+    assert torch.equal(turned, enlarge_clips.frames_of(range(6), "small", turned=True)), "by the seed"
+    assert torch.equal(plain.sort(1).values, turned.sort(1).values)
+    same = (plain == turned).flatten(1).all(1)
+    assert 0 < same.sum() < len(same) / 2
+    others = [example(seed, world="small", others=1.0)[0].script.movers[0].colour for seed in range(6)]
+    assert set(others) <= set(OTHERS)
+    assert not torch.equal(enlarge_clips.frames_of(range(6), "small", others=1.0), plain)
+
+
 def test_a_shipped_clip_model_goes_through_the_door(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
