@@ -23,9 +23,9 @@ EXAMPLES = [
 LIMITS = {
     "full": "Six colours, four shapes, two plain grounds; up to three things that move straight, bounce, fall, rest or pass behind "
     "a wall; a camera that pans or zooms.",
-    "small": "Six colours, four shapes, two plain grounds; one thing, seldom two, that move straight, bounce, fall, rest or pass "
-    "behind a white wall, before a camera that rests. Drawn at 16 px and enlarged: corners are a little soft. A colour with a "
-    "shape it was never taught with may take another shape.",
+    "small": "Six colours (and twelve that were not judged, pink or teal say), four shapes, two plain grounds; one thing, seldom "
+    "two, that move straight, bounce, fall, rest or pass behind a white wall, before a camera that rests. Drawn at 16 px and "
+    "enlarged: corners are a little soft. A small cross in a colour it was never taught with may become a disc.",
 }
 """What a model has learnt, by its world."""
 
