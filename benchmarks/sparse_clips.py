@@ -17,9 +17,9 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from acceleration import AdaSpa
+from acceleration import Accelerator, AdaSpa
 from acceleration.adaspa import Chosen
 from benchmarks._motion_eyes import Frames, centre_errors, judge
 from benchmarks._motion_tasks import GIVEN, MISSING, drawn
 from benchmarks.machine import RESULTS, record, write_json
 from benchmarks.measures import relative_error
 from benchmarks.motion import card_of, sheet
-from dit.spec import spec
+from dit.spec import parse
 from pipelines._kept import Latents
 from pipelines.compare import difference_of_clips
 from pipelines.generate import generate
@@ -49,9 +49,11 @@ METHODS = (
 )  # fmt: skip
 
 
-@spec("random-tiles")
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RandomTiles(AdaSpa):
-    """Keep as many tiles as AdaSpa would, whatever they hold: the control of this benchmark."""
+    """Keep as many tiles as AdaSpa would, whatever they hold: the control of this benchmark, which no registry lists."""
+
+    name: ClassVar[str] = "random-tiles"
 
     def chosen(self, mass: Tensor, queries: Tensor, columns: Tensor) -> Chosen:
         """Choose tiles by lot; what they hold of the mass [B, K, P, Q] is told."""
@@ -63,6 +65,15 @@ class RandomTiles(AdaSpa):
         kept = places < counts
         recall = (mass * kept).sum((-1, -2)) / mass.sum((-1, -2)).clamp_min(1e-20)
         return replace(counted, kept=kept, recall=recall)
+
+
+def method_of(text: str) -> Accelerator:
+    """Read a method of the command line; `random-tiles` has AdaSpa's settings."""
+    kind, _, settings = text.partition(":")
+    if kind != RandomTiles.name:
+        return parse(Accelerator, text)
+    like = parse(Accelerator, f"{AdaSpa.name}:{settings}")
+    return RandomTiles(**{one.name: getattr(like, one.name) for one in fields(like)})
 
 
 def frames_of(result: Result) -> Frames:
@@ -109,7 +120,7 @@ def measured(
     with tempfile.TemporaryDirectory() as folder:
         for turn, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
             exact = asked(task, clip, plain.replace(prompt=caption, seed=SEED + turn), Path(folder))
-            requests = {name: exact if name == "exact" else exact.replace(accelerators=(name,)) for name in names}
+            requests = {name: exact if name == "exact" else exact.replace(accelerators=(method_of(name),)) for name in names}
             if turn == 0:  # loads the model; does not count
                 made(exact)
             done = {name: made(requests[name]) for name in (names if turn % 2 == 0 else names[::-1])}

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from acceleration import Accelerator
 from benchmarks import sparse_clips
 from benchmarks._motion_tasks import drawn
 from benchmarks.sparse_clips import AdaSpa, RandomTiles, truth
 from dit.backbones.vdt import VDT
+from dit.spec import kinds
 from pipelines import catalog
 from training import ship_motion
 
@@ -87,6 +89,7 @@ def test_chance_keeps_as_many_tiles_of_every_row_and_what_must_be_kept() -> None
     assert not torch.equal(chosen.kept, lots.kept)
     held = (mass * lots.kept).sum((-1, -2)) / mass.sum((-1, -2))
     torch.testing.assert_close(lots.recall, held)
+    assert RandomTiles.name not in kinds(Accelerator), "nobody is offered it"
     assert (lots.recall < chosen.recall).all()
 
 
